@@ -1,0 +1,34 @@
+# make demo: train the shipped tiny model offline.   make test: the fast tests.   make test-all: the slow ones too.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=          # where torch's wheels come from; on Linux https://download.pytorch.org/whl/cpu is the small build
+SLOW = parity or seeds or soak or browser or vision
+PIP = $(VENV)/bin/python -m pip install -q -c constraints.txt $(if $(strip $(TORCH_INDEX)),--extra-index-url $(strip $(TORCH_INDEX)))
+
+.PHONY: demo test test-group test-all
+demo: $(VENV)/.installed
+	$(VENV)/bin/python mlx_grpo.py --config configs/demo.toml
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -q -m "not ($(SLOW))"
+
+test-group: $(VENV)/.installed-test    # make test-group GROUP=parity
+	$(VENV)/bin/python -m pytest -q -m "$(GROUP)"
+
+test-all: $(VENV)/.installed-test $(VENV)/.installed-vision
+	$(VENV)/bin/python -m pytest -q
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-vision: $(VENV)/.installed-test
+	$(PIP) -e '.[vision]'
+	touch $@

@@ -1,0 +1,79 @@
+"""Files that are whole or not there: directories written under a temporary name and renamed, sizes and space checked."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from mlx_grpo import UserError
+
+
+def human_bytes(n):
+    """"1.5 GB" for 1.5e9; decimal units, as disks and model cards use."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def sha256(path):
+    """Hex SHA-256 of a file, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def check_free_space(directory, needed_bytes, what):
+    """Raises UserError where the disk that will hold `directory` has less than `needed_bytes` free."""
+    parent = Path(directory).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise UserError(f"{what} needs about {human_bytes(needed_bytes)} in {parent}, which has {human_bytes(free)} free; "
+                        "free some space or choose another place")
+
+
+def sync_directory(path):
+    """Flush a directory's entries to the disk (a rename is only durable after this)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_directory(target, replace=False):
+    """Yield a temporary directory beside `target` that becomes `target` when the block ends, whole, and is removed when
+    the block raises. Raises UserError where `target` exists and is not an empty directory, unless `replace` is true,
+    and where its parent can't be written."""
+    target = Path(target).absolute()
+    if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} already exists and is not empty; choose another directory or remove it first")
+    work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"can't write in {target.parent}: {error.strerror}; choose a directory you can write to") from error
+    try:
+        yield work
+        for path in work.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        if target.exists():
+            old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+            os.rename(target, old)
+            os.rename(work, target)
+            shutil.rmtree(old)
+        else:
+            os.rename(work, target)
+        sync_directory(target.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
