@@ -30,7 +30,8 @@ def wrapper(generation="gen5"):
 def tiny_encoding():
     """The 256 bytes, one merge and nanochat's nine tokens."""
     specials = {token: 257 + number for number, token in enumerate(nanochat.SPECIAL_TOKENS)}
-    return tiktoken.Encoding("tiny", pat_str=r"\w+|\W", mergeable_ranks={**LETTERS, b"he": 256}, special_tokens=specials)
+    ranks = {**LETTERS, b"he": 256}
+    return tiktoken.Encoding("tiny", pat_str=r"\w+|\W", mergeable_ranks=ranks, special_tokens=specials)
 
 
 def completion_messages(conversation):
@@ -43,7 +44,7 @@ def test_ids_of_every_reference_string_are_nanochats(generation):
     for case in reference(generation, "tokenizer_cases.json"):
         assert tokenizer.encode(case["text"], add_special_tokens=False) == case["ids"], case["text"]
         assert tokenizer.encode(case["text"]) == [tokenizer.bos_token_id, *case["ids"]]
-        assert tokenizer.decode(case["ids"]) == case["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        assert tokenizer.decode(case["ids"]) == case["text"]
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -71,7 +72,7 @@ def test_special_token_text_is_ordinary_unless_allowed():
     ordinary = tokenizer.encode("a<|bos|>b", add_special_tokens=False)
     assert tokenizer.bos_token_id not in ordinary and tokenizer.decode(ordinary) == "a<|bos|>b"
     assert tokenizer.bos_token_id in tokenizer.encode("a<|bos|>b", add_special_tokens=False, allowed_special="all")
-    only_eos = tokenizer.encode("<|bos|><|assistant_end|>", add_special_tokens=False, allowed_special={"<|assistant_end|>"})
+    only_eos = tokenizer.encode("<|bos|><|assistant_end|>", False, allowed_special={"<|assistant_end|>"})
     assert only_eos[-1] == tokenizer.eos_token_id and tokenizer.bos_token_id not in only_eos
 
 
@@ -105,7 +106,7 @@ def test_decode_can_leave_special_tokens_out():
 
 def test_streaming_never_gives_half_a_character_and_ends_with_the_decoded_text():
     tokenizer, draw = TiktokenTokenizerWrapper(tiny_encoding()), random.Random(0)
-    texts = [" é 😀 ẃ\n", *("".join(chr(draw.choice([32, 65, 0xE9, 0x20AC, 0x1F600])) for _ in range(20)) for _ in range(20))]
+    texts = [" é 😀 ẃ\n", *("".join(draw.choices(" Aé€😀", k=20)) for _ in range(20))]
     for text in texts:
         streaming, pieces = tokenizer.detokenizer, []
         for token in tokenizer.encode(text, add_special_tokens=False):
@@ -160,7 +161,7 @@ def test_a_conversation_that_nanochat_has_no_place_for_is_refused_with_its_reaso
 
 def test_options_that_the_format_does_not_have_are_refused_by_name():
     tokenizer, messages = wrapper(), [{"role": "user", "content": "hi"}]
-    for option in ({"enable_thinking": True}, {"tools": [{"name": "f"}]}, {"reasoning_effort": "low"}, {"colour": None}):
+    for option in ({"enable_thinking": True}, {"tools": [{"name": "f"}]}, {"effort": "low"}, {"colour": None}):
         with pytest.raises(UserError, match=next(iter(option))):
             tokenizer.apply_chat_template(messages, **option)
 
@@ -176,7 +177,8 @@ def test_the_final_assistant_message_can_be_left_open():
 
 def test_training_masks_are_cut_where_nanochat_cuts():
     tokenizer = wrapper()
-    ids, mask = tokenizer.render_conversation([{"role": "user", "content": "x" * 9000}, {"role": "assistant", "content": "y"}])
+    messages = [{"role": "user", "content": "x" * 9000}, {"role": "assistant", "content": "y"}]
+    ids, mask = tokenizer.render_conversation(messages)
     assert len(ids) == len(mask) == 2048 and not any(mask)
 
 

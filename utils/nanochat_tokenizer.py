@@ -1,16 +1,15 @@
 """
 nanochat's tokenizer and chat format: tokenizer.json and back, conversations to token ids, bytes to text as they stream.
 
-A nanochat tokenizer is a tiktoken Encoding: byte-level BPE whose ids are the merge ranks, and nine special tokens behind
-them. Hugging Face's tokenizer.json holds the same rules, with identical ids; `encoding_from_json` makes the Encoding again.
+A nanochat tokenizer is a tiktoken Encoding: byte-level BPE whose ids are the merge ranks, and nine special tokens
+behind them. Hugging Face's tokenizer.json holds the same rules, with identical ids; `encoding_from_json` makes the
+Encoding again.
 """
 
 import codecs
 import json
 import pickle
 from pathlib import Path
-
-from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
 from mlx_grpo import UserError
 from mlx_grpo.safe_pickle import build_encoding, read_tiktoken_pickle
@@ -95,8 +94,8 @@ def conversation_pieces(messages):
     for number, (role, content) in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
-            raise UserError(f"message {number} has the role {role!r}, expected {expected!r}: nanochat's turns alternate "
-                            "user/assistant, starting with user")
+            raise UserError(f"message {number} has the role {role!r}, expected {expected!r}: nanochat's turns "
+                            "alternate user/assistant, starting with user")
         if role == "user":
             if not isinstance(content, str):
                 raise UserError(f"message {number}: user content must be a string, got {type(content).__name__}")
@@ -105,7 +104,8 @@ def conversation_pieces(messages):
         pieces.append(("special", "<|assistant_start|>", 0))
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if part["type"] not in PART_MARKERS:
-                raise UserError(f"message {number}: unknown part type {part['type']!r}; nanochat has {', '.join(PART_MARKERS)}")
+                raise UserError(f"message {number}: unknown part type {part['type']!r}; "
+                                f"nanochat has {', '.join(PART_MARKERS)}")
             learned = int(part["type"] != "python_output")
             opening, closing = PART_MARKERS[part["type"]] or (None, None)
             pieces += [("special", opening, learned)] * (opening is not None)
@@ -137,8 +137,9 @@ class RenderedChat(str):
 
 # ---- streaming ------------------------------------------------------------------------------------------------------
 
-class ByteDetokenizer(StreamingDetokenizer):
-    """Token bytes to text as they come; a character is held back until all its bytes are there, a leading space is kept.
+class ByteDetokenizer:
+    """mlx-lm's StreamingDetokenizer on token bytes; a character is held back until all its bytes are there, a leading
+    space is kept. Not its subclass, because importing that costs two seconds.
     After `finalize` the text equals `decode` of all tokens. `tokenizer` needs `token_bytes`, id -> bytes."""
 
     def __init__(self, tokenizer):
@@ -156,8 +157,14 @@ class ByteDetokenizer(StreamingDetokenizer):
     def finalize(self):
         self.text += self._decoder.decode(b"", final=True)
 
+    @property
+    def last_segment(self):
+        """The text that has come since this property was last read."""
+        segment, self.offset = self.text[self.offset:], len(self.text)
+        return segment
 
-# ---- tokenizer.json and tokenizer.pkl ---------------------------------------------------------------------------------
+
+# ---- tokenizer.json and tokenizer.pkl --------------------------------------------------------------------------------
 
 def byte_characters():
     """GPT-2's table, byte -> printable character; byte-level tokenizer.json files spell tokens with it."""
@@ -216,17 +223,18 @@ def encoding_from_json(path):
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         split = data["pre_tokenizer"]["pretokenizers"][0]
+        vocab = data["model"]["vocab"]
         state = {"name": "rustbpe", "pat_str": split["pattern"]["Regex"],
-                 "mergeable_ranks": {bytes(bytes_of[c] for c in token): rank for token, rank in data["model"]["vocab"].items()},
+                 "mergeable_ranks": {bytes(bytes_of[c] for c in token): rank for token, rank in vocab.items()},
                  "special_tokens": {token["content"]: token["id"] for token in data["added_tokens"]}}
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: not a nanochat tokenizer ({type(error).__name__}: {str(error)[:100]}); convert the checkpoint "
-                        "with convert_nanochat.py, or open another model with its own tokenizer") from error
+        raise UserError(f"{path}: not a nanochat tokenizer ({type(error).__name__}: {str(error)[:100]}); convert the "
+                        "checkpoint with convert_nanochat.py, or open the model with its own tokenizer") from error
     return build_encoding(state, path)
 
 
 def read_encoding(directory):
-    """The Encoding in a model directory: from tokenizer.json where there is one, else from tokenizer.pkl (read safely)."""
+    """The Encoding in a model directory: from tokenizer.json where there is one, else from tokenizer.pkl."""
     directory = Path(directory)
     if (directory / "tokenizer.json").is_file():
         return encoding_from_json(directory / "tokenizer.json")

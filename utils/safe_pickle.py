@@ -24,19 +24,22 @@ from mlx_grpo import UserError
 DAMAGED = (pickle.UnpicklingError, EOFError, struct.error, TypeError, ValueError, IndexError, KeyError, AttributeError)
 MAX_PICKLE_BYTES = 1 << 28          # a real tokenizer.pkl has about 1 MB, the data.pkl of a checkpoint 100 kB
 
-# Opcodes that build plain values, call an allow-listed global or finish one; a payload's own global is reached, and named,
-# before anything is called with it. Left out: extension codes, bytearrays and out-of-band buffers.
-OPCODES = ("PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET PUT GET GLOBAL STACK_GLOBAL INST OBJ NEWOBJ "
-           "NEWOBJ_EX REDUCE BUILD BINPERSID POP POP_MARK EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS LIST "
-           "EMPTY_DICT SETITEM SETITEMS NONE NEWTRUE NEWFALSE INT LONG LONG1 LONG4 BININT BININT1 BININT2 BINFLOAT "
-           "UNICODE BINUNICODE SHORT_BINUNICODE STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8").split()
+# Opcodes that build plain values, call an allow-listed global or finish one; a payload's own global is reached, and
+# named, before anything is called with it. Left out: extension codes, bytearrays and out-of-band buffers.
+OPCODES = """PROTO FRAME STOP MARK POP POP_MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET
+             GLOBAL STACK_GLOBAL INST OBJ NEWOBJ NEWOBJ_EX REDUCE BUILD BINPERSID
+             EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS LIST EMPTY_DICT SETITEM SETITEMS
+             NONE NEWTRUE NEWFALSE INT LONG LONG1 LONG4 BININT BININT1 BININT2 BINFLOAT
+             UNICODE BINUNICODE SHORT_BINUNICODE STRING BINSTRING SHORT_BINSTRING
+             BINBYTES SHORT_BINBYTES BINBYTES8""".split()
 
 
 class Instructions(dict):
     """Opcode byte -> its handler on pickle's Python machine, for OPCODES only; any other one is a UserError."""
 
     def __init__(self):
-        super().__init__({getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in OPCODES})
+        opcodes = [getattr(pickle, name)[0] for name in OPCODES]
+        super().__init__({opcode: pickle._Unpickler.dispatch[opcode] for opcode in opcodes})
 
     def __missing__(self, opcode):
         raise UserError(f"its byte {bytes([opcode])!r} is an instruction that no such file has")
@@ -85,8 +88,8 @@ class Refusing(pickle._Unpickler):
         except UserError as error:
             raise UserError(f"{path}: refused, {error}") from error
         except DAMAGED as error:
-            raise UserError(f"{path}: not a {self.kind}, or a damaged one ({ascii(str(error))[1:200].strip("'") or type(error).__name__}); "
-                            "download it again") from error
+            detail = ascii(str(error))[1:-1][:200] or type(error).__name__
+            raise UserError(f"{path}: not a {self.kind}, or a damaged one ({detail}); download it again") from error
 
 
 # ---- tokenizer.pkl -------------------------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ class TokenizerUnpickler(Refusing):
 
 
 def read_tiktoken_pickle(path):
-    """The `tiktoken.Encoding` in nanochat's tokenizer.pkl, validated; no code of the file runs and nothing is downloaded.
+    """The `tiktoken.Encoding` in nanochat's tokenizer.pkl, validated; nothing in the file runs, nothing is downloaded.
 
     Raises UserError, naming the file and the offending global or field."""
     path = Path(path)
@@ -118,17 +121,17 @@ def read_tiktoken_pickle(path):
         raise UserError(f"{path}: {path.stat().st_size} bytes is not the size of a tokenizer.pkl (1 MB or so)")
     loaded = TokenizerUnpickler(BytesIO(path.read_bytes())).read_one(path)
     if type(loaded) is not EncodingState or type(loaded.state) is not dict:
-        raise UserError(f"{path}: holds {type(loaded).__name__}, not the pickled tiktoken.Encoding that nanochat writes")
+        raise UserError(f"{path}: holds {type(loaded).__name__}, not the pickled tiktoken.Encoding of nanochat")
     return build_encoding(loaded.state, path)
 
 
 def build_encoding(state, source):
-    """A tiktoken.Encoding from {name, pat_str, mergeable_ranks, special_tokens}; UserError naming `source` where the
-    vocabulary isn't one: wrong types, ids that aren't exactly 0..n-1, a missing byte, a token that no merge can make."""
+    """A tiktoken.Encoding from {name, pat_str, mergeable_ranks, special_tokens}. UserError naming `source` where they
+    are no vocabulary: wrong types, ids that aren't exactly 0..n-1, a missing byte, a token that no merge can make."""
     import tiktoken
     if set(state) != {"name", "pat_str", "mergeable_ranks", "special_tokens"}:
-        raise UserError(f"{source}: the Encoding has the fields {sorted(map(str, state))}, expected mergeable_ranks, name, "
-                        "pat_str and special_tokens")
+        raise UserError(f"{source}: the Encoding has the fields {sorted(map(ascii, state))}, expected mergeable_ranks, "
+                        "name, pat_str and special_tokens")
     ranks, special_tokens = state["mergeable_ranks"], state["special_tokens"]
     for name, value, kind in [("name", state["name"], str), ("pat_str", state["pat_str"], str),
                               ("mergeable_ranks", ranks, dict), ("special_tokens", special_tokens, dict)]:
@@ -137,7 +140,8 @@ def build_encoding(state, source):
     for name, table, kind in [("mergeable_ranks", ranks, bytes), ("special_tokens", special_tokens, str)]:
         for token, rank in table.items():
             if type(token) is not kind or type(rank) is not int or not token:
-                raise UserError(f"{source}: {name} has the entry {token!r}: {rank!r}, expected {kind.__name__}: int")
+                raise UserError(f"{source}: {name} has the entry {token!a}: {type(rank).__name__}, "
+                                f"expected {kind.__name__}: int")
     ids = sorted([*ranks.values(), *special_tokens.values()])
     if ids != list(range(len(ids))):
         raise UserError(f"{source}: the {len(ids)} token ids are not exactly 0 to {len(ids) - 1}")
@@ -148,9 +152,10 @@ def build_encoding(state, source):
         if len(token) > 1 and not any(token[:cut] in ranks and token[cut:] in ranks for cut in range(1, len(token))):
             raise UserError(f"{source}: the token {token!r} can't be merged from two others")
     try:
-        return tiktoken.Encoding(state["name"], pat_str=state["pat_str"], mergeable_ranks=ranks, special_tokens=special_tokens)
+        return tiktoken.Encoding(state["name"], pat_str=state["pat_str"], mergeable_ranks=ranks,
+                                 special_tokens=special_tokens)
     except ValueError as error:
-        raise UserError(f"{source}: pat_str is not a pattern that tiktoken compiles ({error})") from error
+        raise UserError(f"{source}: pat_str is no pattern that tiktoken compiles ({str(error)[:200]!a})") from error
 
 
 # ---- model_<step>.pt ------------------------------------------------------------------------------------------------
@@ -172,7 +177,7 @@ class StoredTensor:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def numpy(self, rows=None):
-        """The tensor, or its first `rows` rows, mapped from the file (nothing is copied); bfloat16 as its uint16 bits."""
+        """The tensor, or its first `rows` rows, mapped from the file without a copy; bfloat16 as its uint16 bits."""
         shape = self.shape if rows is None else (rows, *self.shape[1:])
         kind = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[self.dtype]
         if math.prod(shape) == 0:
@@ -200,11 +205,12 @@ class CheckpointUnpickler(Refusing):
                       **{("torch", name): dtype for name, dtype in STORAGE_DTYPES.items()}}
 
     def persistent_load(self, key):
-        if type(key) is not tuple or [type(part) for part in key] != [str, str, str, str, int] or key[1] not in ITEM_BYTES:
+        kinds = [type(part) for part in key] if type(key) is tuple else []
+        if kinds != [str, str, str, str, int] or key[1] not in ITEM_BYTES:
             raise pickle.UnpicklingError("a reference to something other than a storage of floats")
         _, dtype, name, _, items = key
         if name not in self.members or items * ITEM_BYTES[dtype] != self.members[name][1]:
-            raise pickle.UnpicklingError(f"storage {name:.20} of {items} {dtype} items is not in the archive with that size")
+            raise pickle.UnpicklingError(f"storage {name:.20} of {items} {dtype} is not in the archive with that size")
         return Storage(dtype, name, items)
 
     def tensor(self, storage, offset, shape, stride, requires_grad, hooks, metadata=None):
@@ -222,7 +228,7 @@ class CheckpointUnpickler(Refusing):
         return StoredTensor(self.path, storage.dtype, shape, start)
 
     def set_state(self, target, state):
-        if type(target) is not OrderedDict:      # torch hangs `_metadata` (version numbers) on its OrderedDict: not needed
+        if type(target) is not OrderedDict:      # torch hangs version numbers on its OrderedDict: not needed
             raise pickle.UnpicklingError(f"a state for {type(target).__name__}")
 
 
@@ -233,13 +239,15 @@ def stored_members(archive, path):
         for info in archive.infolist():
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise UserError(f"{path}: {info.filename!a:.200} is compressed, which torch.save never does")
-            file.seek(info.header_offset)
+            file.seek(max(info.header_offset, 0))
             header = file.read(30)
-            if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            if info.header_offset < 0 or len(header) < 30 or header[:4] != b"PK\x03\x04":
                 raise UserError(f"{path}: damaged at {info.filename!a:.200}; download it again")
-            start = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
+            start = info.header_offset + 30 + name_bytes + extra_bytes
             if start + info.file_size > size:
-                raise UserError(f"{path}: {info.filename!a:.200} says {info.file_size} bytes, more than the file has; download it again")
+                raise UserError(f"{path}: {info.filename!a:.200} says {info.file_size} bytes, more than the file has; "
+                                "download it again")
             members[info.filename] = (start, info.file_size)
     return members
 
@@ -256,8 +264,8 @@ def read_torch_checkpoint(path):
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint at {path}") from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        raise UserError(f"{path}: not a zip as torch.save writes since version 1.6 ({error}); save it again with a newer "
-                        "torch, or download it again") from error
+        raise UserError(f"{path}: not a zip as torch.save writes since version 1.6 ({str(error)[:100]!a}); save it "
+                        "again with a newer torch, or download it again") from error
     pickles = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
     if len(pickles) != 1:
         raise UserError(f"{path}: a zip, but no torch checkpoint (it has {len(pickles)} files named data.pkl)")
@@ -273,11 +281,12 @@ def read_torch_checkpoint(path):
                 raise UserError(f"{path}: saved on a big-endian machine, which isn't supported")
         file.seek(start)
         program = BytesIO(file.read(nbytes))
-    storages = {name.removeprefix(prefix + "data/"): place for name, place in members.items() if name.startswith(prefix + "data/")}
+    folder = prefix + "data/"
+    storages = {name.removeprefix(folder): place for name, place in members.items() if name.startswith(folder)}
     loaded = CheckpointUnpickler(program, path, storages).read_one(path)
     if type(loaded) not in (OrderedDict, dict) or not loaded:
-        raise UserError(f"{path}: holds {type(loaded).__name__}, expected the state dict (name -> tensor) that nanochat saves")
+        raise UserError(f"{path}: holds {type(loaded).__name__}, expected the state dict (name -> tensor) of nanochat")
     for name, value in loaded.items():
         if type(name) is not str or type(value) is not StoredTensor:
-            raise UserError(f"{path}: {name!r:.60} is a {type(value).__name__}, expected a tensor: not a nanochat model file")
+            raise UserError(f"{path}: {name!a:.60} is a {type(value).__name__}, expected a tensor: no nanochat model")
     return dict(loaded)
