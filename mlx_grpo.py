@@ -1,16 +1,69 @@
-"""GRPO fine-tuning of language models on MLX, in one file (the algorithm lands here; see utils/ for the tools)."""
+"""
+GRPO fine-tuning of language models on MLX, in one file (DeepSeekMath, arXiv 2402.03300).
 
+One training step                                           done by                  paper
+  sample G completions per prompt from model_old            sample_completions       4.1.1
+  score every completion                                    score_completions        4.1.2
+  A_i = (r_i - mean r) / (std r + eps), inside each group   group_advantages         4.1.2
+  maximise min(ratio A, clip(ratio) A) - kl_coeff KL        grpo_loss                Eq. 3, 4
+  every update_every steps: model_old <- model              MLXGRPOTrainer.sync_old  Alg. 1
+Different from the paper: rewards are rules, not a learned model.
+
+    python mlx_grpo.py --config configs/prod.toml --set num_generations=16
+    python mlx_grpo.py eval --config configs/prod.toml --set model_name=outputs/run/checkpoint-last
+    python mlx_grpo.py {train,sft,eval,rewards,plan,report} --help
+
+Shape letters: P prompts, G completions per prompt, B = P*G rows, L prompt tokens, T completion tokens, V vocabulary,
+C hidden width. Token ids that were sampled are trained on as they are: text is decoded for rewards and people, and
+never encoded back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import importlib.util
+import inspect
+import json
+import math
+import os
+import random
+import re
+import subprocess
 import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# This file is also the package of its tools: `mlx_grpo.files` is utils/files.py in a clone, mlx_grpo_utils/files.py in a wheel.
+# This file is also the package of its tools: `mlx_grpo.files` is utils/files.py in a clone, mlx_grpo_utils/ in a wheel.
 __path__ = [str(next(d for d in (HERE / "mlx_grpo_utils", HERE / "utils") if d.is_dir()))]
 sys.modules.setdefault("mlx_grpo", sys.modules[__name__])   # one module, whether run or imported
 
-from mlx_grpo import linux_blas                             # noqa: E402  before mlx.core, see there
+from mlx_grpo import linux_blas  # noqa: E402, F401  before mlx.core; see there
 
-import mlx.core as mx                                       # noqa: E402
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import mlx.optimizers as optim  # noqa: E402
+import numpy as np  # noqa: E402
+from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+R1_SYSTEM_PROMPT = """Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>"""
 
 
 class UserError(Exception):
@@ -22,10 +75,1920 @@ class ConfigError(UserError):
 
 
 def run_command(main):
-    """Run a script's `main`: its UserError becomes one line on standard error and exit code 2; other errors are bugs
-    and keep their traceback."""
+    """Run a script's `main` and exit with what it returns: a UserError becomes one line on standard error and exit
+    code 2; any other error is our bug and keeps its traceback."""
     try:
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+def opt(default, help, *, low=None, high=None, above=None, choices=None):
+    """A configuration field: its default, meaning with unit, and range (low and high included, above excluded)."""
+    metadata = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class MLXGRPOConfig:
+    """All options. A step is one optimizer update over batch_size * gradient_accumulation_steps prompts with
+    num_generations completions each, all sampled before any is trained on; every period counts steps, 0 = never."""
+
+    # model
+    model_name: str = opt("Qwen/Qwen2.5-1.5B-Instruct", "directory or hub id of the model to train")
+    model_loader: str = opt("auto", '"auto", a name from LOADERS, or "my_loader.py:MyLoader"')
+    trust_remote_code: bool = opt(False, "run Python code that a model directory brings along")
+    dtype: str = opt("auto", "dtype of the forward and backward pass; auto: float32 on CPU, bfloat16 on Metal and CUDA "
+                     "(trained weights and moments are float32 in any case)",
+                     choices=("auto", "float32", "bfloat16", "float16"))
+    seed: int = opt(0, "of the prompt order, every sampled token and the data splits", low=0, high=2**63 - 1)
+    # where the run lives
+    output_dir: str = opt("outputs", "directory of runs")
+    run_name: str = opt("run", "the run's directory below output_dir; {n} becomes the next free number")
+    # data
+    dataset: str = opt("openai/gsm8k", "hub id, local .jsonl/.csv/.parquet file, or synthetic:<task>")
+    dataset_config: str = opt("main", "configuration of a hub data set; empty = its default")
+    dataset_split: str = opt("train", "split of a hub data set to train on")
+    eval_split: str = opt("test", "split of a hub data set to evaluate on; empty = hold out eval_fraction instead")
+    eval_fraction: float = opt(0.1, "share of the rows held out where there is no evaluation split", low=0, high=0.9)
+    prompt_column: str = opt("question", "column of the prompt: text, or a list of chat messages")
+    answer_column: str = opt("answer", 'column of the gold answer (after "#### " where that marker occurs)')
+    solution_column: str = opt("", "column of the demonstration for sft; empty = the answer column's worked solution")
+    dataset_options: dict = opt({}, "options of a synthetic task, as a TOML table")
+    system_prompt: str = opt(R1_SYSTEM_PROMPT, "system message before text prompts; empty = none")
+    chat_template_kwargs: dict = opt({}, "passed to the chat template, {enable_thinking = false} for instance")
+    shuffle: bool = opt(True, "visit the prompts in a seeded random order, a new one each epoch")
+    max_train_samples: int = opt(0, "use at most this many training rows; 0 = all (2000 of a synthetic task)", low=0)
+    max_prompt_length: int = opt(512, "tokens; longer prompts are dropped and counted", low=1)
+    # rollouts
+    num_generations: int = opt(64, "G, completions per prompt", low=2)
+    max_new_tokens: int = opt(512, "sampling limit of a completion, tokens; at most max_completion_length", low=1)
+    max_completion_length: int = opt(1024, "Dr. GRPO's divisor and the overlong limit, tokens", low=1)
+    temperature: float = opt(0.7, "divides the logits, when sampling and when scoring alike", above=0)
+    rollout_batch_size: int = opt(256, "rows decoded together, in whole groups (at least one)", low=1)
+    quantize_for_rollouts: bool | str = opt(False, 'sample from a quantised copy; "auto" = only up to 20 layers',
+                                            choices=(True, False, "auto"))
+    rollout_bits: int = opt(4, "bits of the quantised copy", choices=(2, 3, 4, 6, 8))
+    rollout_group_size: int = opt(64, "weights that share a scale in the quantised copy", choices=(32, 64, 128))
+    update_every: int = opt(10, "steps between copies of model into model_old", low=1)
+    # rewards
+    rewards: list[str] = opt(["correctness", "int", "strict_format", "soft_format", "xmlcount"],
+                             'names from REWARDS, or "my_rewards.py:function"')
+    reward_weights: list[float] = opt([], "one for each reward; empty = all 1")
+    on_reward_error: str = opt("stop", "an exception, wrong length or non-finite value: stop the run, or skip the row",
+                               choices=("stop", "skip"))
+    max_reward_errors: int = opt(100, "skipped rows after which the run stops all the same", low=0)
+    scale_rewards: str = opt("group", "what divides an advantage: the std of its group, of the batch, or nothing",
+                             choices=("group", "batch", "none"))
+    # objective
+    loss_type: str = opt("grpo", "how tokens are weighed", choices=("grpo", "bnpo", "dr_grpo", "dapo"))
+    clip_eps: float = opt(0.2, "the ratio is clipped below at 1 - clip_eps", low=0, high=1)
+    clip_eps_high: float = opt(-1.0, "the ratio is clipped above at 1 + clip_eps_high; -1 = clip_eps", low=-1)
+    kl_coeff: float = opt(0.0, "weight of the KL to the reference model; 0 = no reference model", low=0)
+    kl_estimator: str = opt("k3_corrected", "k3 (DeepSeekMath Eq. 4), or k3 times the ratio, unbiased off policy",
+                            choices=("k3", "k3_corrected"))
+    mask_truncated_completions: bool = opt(False, "completions without an end token contribute no tokens (DAPO)")
+    # optimizer
+    batch_size: int = opt(1, "prompts in one forward and backward pass", low=1)
+    gradient_accumulation_steps: int = opt(4, "such passes in one step", low=1)
+    num_epochs: int = opt(1, "passes over the training prompts", low=1)
+    max_steps: int = opt(0, "stop after this many steps; 0 = num_epochs decides", low=0)
+    learning_rate: float = opt(1e-6, "peak learning rate", low=0)
+    lr_scheduler_type: str = opt("cosine", "shape after the warmup",
+                                 choices=("cosine", "linear", "constant", "constant_with_warmup"))
+    warmup_ratio: float = opt(0.1, "share of the steps with a rising learning rate (none for constant)", low=0, high=1)
+    max_grad_norm: float = opt(0.1, "gradients are scaled down to this norm; 0 = never", low=0)
+    adam_beta1: float = opt(0.9, "decay of Adam's first moment", low=0, high=0.999999)
+    adam_beta2: float = opt(0.999, "decay of Adam's second moment", low=0, high=0.9999999)
+    weight_decay: float = opt(0.0, "AdamW's decoupled decay", low=0)
+    use_compile: bool | str = opt("auto", 'compile the loss and its gradient; "auto" = on Metal and CUDA',
+                                  choices=(True, False, "auto"))
+    # log, evaluation, checkpoints
+    logging_steps: int = opt(1, "steps between lines on the terminal", low=0)
+    log_jsonl: bool = opt(True, "write metrics.jsonl and completions.jsonl")
+    save_steps: int = opt(100, "steps between checkpoints; the last step always saves one", low=0)
+    eval_steps: int = opt(50, "steps between evaluations on held-out problems (and at step 0 and the end)", low=0)
+    eval_samples: int = opt(200, "held-out problems in an evaluation; 0 = no evaluation", low=0)
+    eval_every_updates: int = opt(25, "steps between evaluations on a fixed subset of the training problems", low=0)
+    eval_subset_size: int = opt(200, "problems in that subset", low=0)
+    eval_max_new_tokens: int = opt(128, "sampling limit in evaluations, tokens", low=1)
+    eval_temperature: float = opt(0.0, "0 = greedy", low=0)
+
+    def __post_init__(self):
+        """Rules that span options. Raises ConfigError."""
+        if self.max_new_tokens > self.max_completion_length:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens} but max_completion_length is "
+                              f"{self.max_completion_length}; lower the first or raise the second")
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            raise ConfigError(f"reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} rewards; "
+                              "give one each, or none")
+        if not self.rewards:
+            raise ConfigError('rewards is empty; name at least one, rewards = ["correctness"] for instance')
+
+    @property
+    def prompts_per_step(self):
+        return self.batch_size * self.gradient_accumulation_steps
+
+
+OPTIONS = {f.name: f for f in fields(MLXGRPOConfig)}
+OTHER_NAMES = {  # what TRL, verl, mlx-lm-lora and mlx-lm call the same thing
+    "beta": "kl_coeff", "kl_coef": "kl_coeff", "kl_loss_coef": "kl_coeff", "epsilon": "clip_eps", "clip_ratio": "clip_eps",
+    "cliprange": "clip_eps", "epsilon_high": "clip_eps_high", "clip_ratio_high": "clip_eps_high",
+    "group_size": "num_generations", "n": "num_generations", "rollout_n": "num_generations",
+    "num_train_epochs": "num_epochs", "epochs": "num_epochs", "total_epochs": "num_epochs", "iters": "max_steps",
+    "total_training_steps": "max_steps", "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
+    "grad_accumulation_steps": "gradient_accumulation_steps", "lr": "learning_rate", "max_length": "max_completion_length",
+    "response_length": "max_completion_length", "max_response_length": "max_completion_length",
+    "model": "model_name", "model_path": "model_name", "model_name_or_path": "model_name", "data": "dataset",
+    "dataset_name": "dataset", "train_type": "fine_tune_type", "reward_funcs": "rewards", "reward_functions": "rewards",
+    "steps_per_report": "logging_steps", "steps_per_eval": "eval_steps", "save_every": "save_steps", "save_freq": "save_steps",
+    "test_freq": "eval_steps", "grad_clip": "max_grad_norm", "lr_schedule": "lr_scheduler_type", "loss_agg_mode": "loss_type",
+    "grpo_loss_type": "loss_type", "torch_dtype": "dtype",
+    "optim_beta1": "adam_beta1", "optim_beta2": "adam_beta2", "norm_adv_by_std_in_grpo": "scale_rewards",
+    "mask_truncated": "mask_truncated_completions", "max_tokens": "max_new_tokens",
+    "max_seq_length": "max_prompt_length",
+}
+KINDS = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list, "list[float]": list, "dict": dict,
+         "bool | str": (bool, str)}
+
+
+def nearest(name, known):
+    """"; did you mean 'x'?" for the closest known name, or the empty string."""
+    near = get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_option(name, value, source):
+    """One option from TOML, --set or Python against its field; returns the value. Raises ConfigError naming `source`."""
+    if name not in OPTIONS:
+        ours = OTHER_NAMES.get(name)
+        hint = f"; here it is called {ours!r}" if ours in OPTIONS else nearest(name, OPTIONS)
+        raise ConfigError(f"{source}: unknown option {name!r}{hint}")
+    kind, rule = OPTIONS[name].type, OPTIONS[name].metadata
+    if kind in ("float", "list[float]"):
+        as_float = lambda v: float(v) if type(v) is int else v
+        value = [as_float(v) for v in value] if isinstance(value, list) else as_float(value)
+    wrong = not isinstance(value, KINDS[kind]) or (type(value) is bool and "bool" not in kind)
+    wrong = wrong or (kind.startswith("list") and any(type(v) is not KINDS[kind[5:-1]] for v in value))
+    if wrong:
+        raise ConfigError(f"{source}: {name} must be {kind}, got {value!r}")
+    if rule["choices"] and value not in rule["choices"]:
+        raise ConfigError(f"{source}: {name} must be one of {', '.join(map(json.dumps, rule['choices']))}, got {value!r}"
+                          + nearest(value, rule["choices"]))
+    for v in value if isinstance(value, list) else [value]:
+        if isinstance(v, float) and not math.isfinite(v):
+            raise ConfigError(f"{source}: {name} must be finite, got {v}")
+        for bound, bad, words in (("low", lambda b: v < b, "at least"), ("high", lambda b: v > b, "at most"),
+                                  ("above", lambda b: v <= b, "above")):
+            if rule[bound] is not None and bad(rule[bound]):
+                raise ConfigError(f"{source}: {name} must be {words} {rule[bound]}, got {v}")
+    return value
+
+
+def parse_set(text):
+    """("key", value) of one --set key=value; the value is TOML, or plain text where it isn't. Raises ConfigError."""
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals:
+        raise ConfigError(f"--set {text}: expected key=value")
+    if key in OPTIONS and OPTIONS[key].type == "str" and not raw.strip().startswith(('"', "'")):
+        return key, raw
+    try:
+        return key, tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, raw
+
+
+def load_config(path=None, sets=()):
+    """(config, sources): defaults, then the TOML file (flat, or its table [mlx_grpo]), then --set key=value strings.
+
+    path: a file, else $MLX_GRPO_CONFIG, else none. sources: option -> "default", the file's name, or "--set".
+    Raises ConfigError, naming the source, for a file that can't be read and for any bad option."""
+    path = path or os.environ.get("MLX_GRPO_CONFIG")
+    values, sources = {}, dict.fromkeys(OPTIONS, "default")
+    if path:
+        try:
+            with open(path, "rb") as file:
+                table = tomllib.load(file)
+        except OSError as error:
+            raise ConfigError(f"{path}: can't read the configuration: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not TOML: {error}") from error
+        if isinstance(table.get("mlx_grpo"), dict):
+            if others := [k for k in table if k != "mlx_grpo"]:
+                raise ConfigError(f"{path}: {others[0]!r} stands outside the table [mlx_grpo]; move it inside")
+            table = table["mlx_grpo"]
+        for name, value in table.items():
+            values[name], sources[name] = check_option(name, value, path), str(path)
+    for text in sets:
+        name, value = parse_set(text)
+        values[name], sources[name] = check_option(name, value, f"--set {text}"), "--set"
+    try:
+        return MLXGRPOConfig(**values), sources
+    except ConfigError as error:
+        raise ConfigError(f"{path or '--set'}: {error}") from error
+
+
+def load_symbol(spec, what):
+    """The object named by "file.py:name"; the file is run. Raises ConfigError where either doesn't exist."""
+    path, _, name = spec.rpartition(":")
+    file = Path(path).expanduser()
+    if not path.endswith(".py") or not file.is_file():
+        raise ConfigError(f"{what} {spec!r}: expected file.py:name, and there is no file {path or spec!r}")
+    module_spec = importlib.util.spec_from_file_location(f"user_{file.stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module     # dataclasses and pickles of the user's file look themselves up there
+    module_spec.loader.exec_module(module)
+    if name not in vars(module):
+        raise ConfigError(f"{what} {spec!r}: {file} defines no {name!r}{nearest(name, vars(module))}")
+    return vars(module)[name]
+
+
+# ---- tokenizer and models --------------------------------------------------------------------------------------------
+
+from mlx_grpo import nanochat_tokenizer as nanochat  # noqa: E402  after UserError, which it raises
+
+
+class TiktokenTokenizerWrapper:
+    """nanochat's tokenizer (a tiktoken.Encoding) with the methods that mlx-lm and the trainer use of a Hugging Face one.
+
+    Text is always ordinary text: "<|bos|>" typed by a user is seven characters, not a token. Special tokens come from
+    `apply_chat_template`, from `allowed_special`, or as the one BOS that `add_special_tokens` puts in front."""
+    bos_token, eos_token, pad_token, unk_token = nanochat.BOS, nanochat.EOS, nanochat.EOS, None
+    chat_template = nanochat.CHAT_TEMPLATE
+    has_chat_template = True
+    name_or_path = "nanochat"
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.special_ids = nanochat.special_token_ids(encoding, encoding.name)       # text -> id
+        self.bos_token_id, self.eos_token_id = self.special_ids[self.bos_token], self.special_ids[self.eos_token]
+        self.pad_token_id, self.vocab_size = self.eos_token_id, encoding.n_vocab
+        self.eos_token_ids = {self.eos_token_id, self.bos_token_id}      # nanochat's engine stops at either
+        self.all_special_tokens = sorted(self.special_ids, key=self.special_ids.get)
+        self.all_special_ids = [self.special_ids[token] for token in self.all_special_tokens]
+        self.allowed_special = frozenset(self.special_ids)
+        self.tokens = nanochat.token_spellings(encoding)
+        self.vocab = {token: number for number, token in enumerate(self.tokens)}
+
+    @classmethod
+    def from_directory(cls, directory):
+        """From tokenizer.json where there is one, else from tokenizer.pkl, which is read without running anything in it."""
+        return cls(nanochat.read_encoding(directory))
+
+    def __len__(self):
+        return self.vocab_size
+
+    def token_bytes(self, token):
+        return self.encoding.decode_single_token_bytes(token)
+
+    def get_vocab(self):
+        """Token -> id, tokens spelt as in tokenizer.json."""
+        return dict(self.vocab)
+
+    def convert_tokens_to_ids(self, tokens):
+        """The id of a token spelt as in tokenizer.json, None for an unknown one; a list gives a list."""
+        return self.vocab.get(tokens) if isinstance(tokens, str) else [self.vocab.get(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids):
+        return self.tokens[ids] if isinstance(ids, int) else [self.tokens[int(number)] for number in ids]
+
+    def encode(self, text, add_special_tokens=True, allowed_special=()):
+        """Token ids; `add_special_tokens` puts BOS in front. allowed_special: names of special tokens, or "all", that
+        `text` may spell. Text from `apply_chat_template(tokenize=False)` gives the exact ids of its conversation."""
+        if isinstance(text, nanochat.RenderedChat):
+            ids = list(text.ids)
+            return ids if ids[0] == self.bos_token_id or not add_special_tokens else [self.bos_token_id, *ids]
+        if allowed_special:
+            names = self.allowed_special if allowed_special == "all" else set(allowed_special)
+            ids = self.encoding.encode(text, allowed_special=names, disallowed_special=())
+        else:
+            ids = self.encoding.encode_ordinary(text)
+        return [self.bos_token_id, *ids] if add_special_tokens else ids
+
+    def decode(self, ids, skip_special_tokens=False):
+        ids = [ids] if isinstance(ids, int) else [int(number) for number in ids]
+        return self.encoding.decode([n for n in ids if not skip_special_tokens or n not in self.all_special_ids])
+
+    def batch_decode(self, sequences, skip_special_tokens=False):
+        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+
+    def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=True, continue_final_message=False,
+                            return_dict=False, tools=None, enable_thinking=False, **unknown):
+        """Token ids of a conversation in nanochat's format, or its text. UserError for an option the format doesn't have."""
+        for name, value in {"return_dict": return_dict, "tools": tools, "enable_thinking": enable_thinking, **unknown}.items():
+            if value or name in unknown:
+                raise UserError(f"nanochat's chat format has no {name} (got {value!r}); leave the option away")
+        pieces = nanochat.conversation_pieces(messages)
+        if continue_final_message:
+            if messages[-1]["role"] != "assistant" or add_generation_prompt:
+                raise UserError("continue_final_message needs an assistant message at the end, and no generation prompt")
+            pieces = pieces[:-1]
+        if add_generation_prompt:
+            pieces.append(("special", "<|assistant_start|>", 0))
+        ids, _ = nanochat.pieces_to_ids(pieces, self.encoding)
+        return ids if tokenize else nanochat.RenderedChat(pieces, ids)
+
+    def render_conversation(self, messages, max_tokens=nanochat.MAX_CONVERSATION_TOKENS):
+        """(ids, mask) for training: mask is 1 on what the assistant says and on its end token, 0 elsewhere."""
+        ids, mask = nanochat.pieces_to_ids(nanochat.conversation_pieces(messages), self.encoding)
+        return ids[:max_tokens], mask[:max_tokens]
+
+    @property
+    def detokenizer(self):
+        """A new streaming detokenizer, which never gives half a character."""
+        return nanochat.ByteDetokenizer(self)
+
+    def save_pretrained(self, directory):
+        """tokenizer.json and its companions for transformers and mlx-lm, tokenizer.pkl for nanochat."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        nanochat.write_tokenizer(self.encoding, directory)
+
+
+def resolve_model(name_or_path):
+    """The local directory of a model: itself, or the hub's snapshot of that id. Raises UserError."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from mlx_lm.utils import _download
+
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    if str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") != 1:
+        raise UserError(f"model_name {str(name_or_path)!r}: no such directory, and not a hub id like Qwen/Qwen3-0.6B")
+    try:
+        return Path(_download(str(name_or_path)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model_name {str(name_or_path)!r}: no such directory, and the hub did not give it ({reason}); "
+                        "check the name, the connection, or `hf auth login` for a gated model") from error
+
+
+class BaseModelLoader:
+    """How one kind of model directory is opened; subclass it for model_loader = "my_loader.py:MyLoader"."""
+
+    trust_remote_code = False
+
+    def validate_compatibility(self, path, config):
+        """Raises UserError where the directory `path` (config: its config.json) is not of this loader's kind or can't
+        be trained."""
+        from mlx_grpo.model_config import unsupported_reason
+
+        if reason := unsupported_reason(config):
+            raise UserError(f"{path}: {reason}")
+
+    def load_model(self, path, config):
+        """(model, config) from a directory and its config.json as a dictionary."""
+        from mlx_grpo.model_config import normalize_config
+        from mlx_lm.utils import load_model
+
+        try:
+            return load_model(path, lazy=True, model_config=normalize_config(config),
+                              trust_remote_code=self.trust_remote_code)
+        except (ValueError, FileNotFoundError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            remedy = "; set trust_remote_code = true if you trust it" if config.get("model_file") else ""
+            raise UserError(f"{path}: mlx-lm can't load this model: {reason}{remedy}") from error
+
+    def load_tokenizer(self, path, config):
+        """The tokenizer, with mlx-lm's TokenizerWrapper's attributes (encode, decode, apply_chat_template,
+        eos_token_ids, detokenizer...)."""
+        from mlx_lm.utils import load_tokenizer
+
+        try:
+            return load_tokenizer(path, {"trust_remote_code": self.trust_remote_code}, config.get("eos_token_id"))
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: can't load the tokenizer: {str(error).splitlines()[0]}") from error
+
+
+class NanoChatLoader(BaseModelLoader):
+    """nanochat, all generations: mlx-lm's model for the first, ours for the others; tokenizer.pkl through the wrapper."""
+
+    def load_model(self, path, config):
+        from mlx_grpo import nanochat_model
+
+        if config.get("model_type") != nanochat_model.MODEL_TYPE:
+            return super().load_model(path, config)
+        sys.modules[f"mlx_lm.models.{nanochat_model.MODEL_TYPE}"] = nanochat_model
+        return super().load_model(path, {**config, "model_file": None})     # the project's own class, not the folder's
+
+    def load_tokenizer(self, path, config):
+        if (Path(path) / "tokenizer.pkl").exists():
+            return TiktokenTokenizerWrapper.from_directory(path)
+        return super().load_tokenizer(path, config)
+
+
+class CustomModelLoader(BaseModelLoader):
+    """A model whose directory brings its own Python file (config.json's model_file); needs trust_remote_code."""
+
+    def validate_compatibility(self, path, config):
+        if not config.get("model_file"):
+            raise UserError(f'{path}: model_loader = "custom" needs a config.json that names a model_file')
+        if not self.trust_remote_code:
+            raise UserError(f"{path}: loading would run {config['model_file']} from that directory; "
+                            "set trust_remote_code = true if you trust it")
+
+
+LOADERS = {"mlx_lm": BaseModelLoader, "nanochat": NanoChatLoader, "custom": CustomModelLoader}
+
+
+def find_loader(path, config, loader="auto"):
+    """The loader's class for a model directory: by name from LOADERS, from the user's file, or recognised."""
+    if loader == "auto":
+        nanochat = (Path(path) / "tokenizer.pkl").exists() or str(config.get("model_type")).startswith("nanochat")
+        return NanoChatLoader if nanochat else CustomModelLoader if config.get("model_file") else BaseModelLoader
+    if loader in LOADERS:
+        return LOADERS[loader]
+    if not loader.partition(":")[0].endswith(".py"):
+        raise ConfigError(f'model_loader {loader!r} is neither "auto", one of {", ".join(LOADERS)}, nor file.py:Class'
+                          + nearest(loader, LOADERS))
+    return load_symbol(loader, "model_loader")
+
+
+def load_model(name_or_path, *, loader="auto", trust_remote_code=False, dtype=None):
+    """(model, tokenizer) of a directory or hub id: any mlx-lm model, any nanochat generation, a checkpoint of ours.
+
+    dtype: weights are cast to it ("float32", "bfloat16", "float16"); None keeps the stored one. `model.source_path` is
+    the directory. Raises UserError for what can't be loaded, encoder models among them."""
+    path = resolve_model(name_or_path)
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no readable config.json ({error}); is it a model directory?") from error
+    opener = find_loader(path, config, loader)()
+    opener.trust_remote_code = trust_remote_code
+    opener.validate_compatibility(path, config)
+    model, config = opener.load_model(path, config)
+    tokenizer = opener.load_tokenizer(path, config)
+    if dtype:
+        model.update(cast_floats(model.parameters(), dtype))
+    mx.eval(model.parameters())
+    model.eval()
+    model.source_path = path
+    return model, tokenizer
+
+
+def cast_floats(tree, dtype):
+    """The tree with its floating-point arrays in `dtype` (a name or an mx.Dtype); the others, and equal ones, shared."""
+    dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
+    return tree_map(lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a, tree)
+
+
+def is_quantized(model):
+    return any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
+
+
+def frozen_copy(model, *, bits=0, group_size=64):
+    """A second model with the same weights, not trained. The arrays are shared, so that it costs memory only once
+    `model` has moved; with bits, its matrices are quantised. Raises UserError for a weight that is not finite."""
+    weights = model.parameters()
+    twin = copy.deepcopy(model, {id(array): array for _, array in tree_flatten(weights)})
+    copied = dict(tree_flatten(twin.parameters()))
+    for name, array in tree_flatten(weights):
+        assert copied[name].shape == array.shape, f"{name} was not copied"
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            raise UserError(f"{name} holds NaN or infinity, so no rollout can be sampled from it; "
+                            "lower learning_rate or max_grad_norm and resume from the last checkpoint")
+    if bits:
+        divisible = lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % group_size == 0
+        nn.quantize(twin, group_size, bits, class_predicate=divisible)
+        mx.eval(twin.parameters())
+    twin.freeze()
+    return twin
+
+
+# ---- problems --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of a data set. prompt: text, or chat messages. answer: gold answer, or None. solution: demonstration for
+    sft, or None. columns: every column of the row, `answer` replaced by the gold answer; rewards get them by name."""
+
+    prompt: str | list
+    answer: str | None
+    columns: dict
+    solution: str | None = None
+
+
+def extract_hash_answer(text: str) -> str | None:
+    """The number after GSM8K's final marker, commas removed: "... #### 1,234" -> "1234"; None without a marker."""
+    return text.rpartition("####")[2].strip().replace(",", "") if "####" in text else None
+
+
+def extract_xml_answer(text: str) -> str | None:
+    """The text of the last <answer>...</answer>, stripped; None without such a pair."""
+    found = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
+    return found[-1].strip() if found else None
+
+
+def worked_solution(answer_text):
+    """A GSM8K answer as a demonstration in the XML format: its steps without <<...>> marks, then its number."""
+    steps, _, number = answer_text.rpartition("####")
+    steps = re.sub(r"<<[^>]*>>", "", steps).strip()
+    return f"<reasoning>\n{steps}\n</reasoning>\n<answer>\n{number.strip().replace(',', '')}\n</answer>"
+
+
+def make_problem(row, config, where):
+    """A Problem from one row (a dictionary). Raises UserError naming `where` and the missing column."""
+    for column in (config.prompt_column, config.solution_column):
+        if column and row.get(column) in (None, "", []):
+            raise UserError(f"{where}: no {column!r} (the row has {', '.join(map(repr, row)) or 'nothing'}); "
+                            "set prompt_column, answer_column or solution_column, or mend the row")
+    prompt, answer = row[config.prompt_column], row.get(config.answer_column)
+    if isinstance(prompt, list):
+        if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+            raise UserError(f"{where}: {config.prompt_column!r} is a list, so each item must have a role and a content")
+        prompt = [{"role": m["role"], "content": m["content"]} for m in prompt]
+    else:
+        prompt = [{"role": "user", "content": str(prompt)}]
+    if config.system_prompt and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
+    text = None if answer is None else str(answer)
+    marked = text is not None and "####" in text
+    gold = extract_hash_answer(text) if marked else text
+    solution = str(row[config.solution_column]) if config.solution_column else worked_solution(text) if marked else None
+    return Problem(prompt, gold, {**row, "answer": gold}, solution)
+
+
+def read_rows(path):
+    """[(row, "file:line")] of a .jsonl, .csv or .parquet file. Raises UserError naming file and line."""
+    path = Path(path)
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.lib
+            import pyarrow.parquet
+
+            try:
+                table = pyarrow.parquet.read_table(path)
+            except pyarrow.lib.ArrowInvalid as error:
+                raise UserError(f"{path}: not a parquet file: {error}") from error
+            return [(row, f"{path} row {i + 1}") for i, row in enumerate(table.to_pylist())]
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't read the data: {error}") from error
+    if path.suffix == ".csv":
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            return [(row, f"{path}:{reader.line_num}") for row in reader]
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: expected an object with columns, got {type(row).__name__}")
+            rows.append((row, f"{path}:{number}"))
+    return rows
+
+
+def hub_rows(name, config_name, split):
+    """Rows of one split of a data set of the hub, or of a local directory in its layout. Raises UserError."""
+    from datasets import load_dataset
+
+    try:
+        data = load_dataset(name, config_name or None, split=split)
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"dataset {name!r} (config {config_name!r}, split {split!r}): {reason}; check dataset, "
+                        "dataset_config and the splits, or name a local .jsonl, .csv or .parquet file") from error
+    return [(dict(row), f"{name} {split} row {i}") for i, row in enumerate(data)]
+
+
+def load_problems(config):
+    """(training problems, held-out problems) as `config` describes them, in the data's order or, with shuffle, a seeded
+    one. Held-out problems are those of eval_split for a hub data set, else a seeded share of the rows; one that asks
+    what a training problem asks is left out. Raises UserError, for a data set without rows too."""
+    order = random.Random(f"split {config.seed}")
+    name, held_out = config.dataset, []
+    if name.startswith("synthetic:"):
+        from mlx_grpo.synthetic import generate
+
+        count = config.max_train_samples or 2000
+        made = generate(name.removeprefix("synthetic:"), count + 2 * config.eval_samples, config.seed,
+                        options=config.dataset_options)
+        rows = [(row, f"{name} row {i}") for i, row in enumerate(made)]
+        rows, held_out = rows[:count], rows[count:]
+    elif Path(name).suffix in (".jsonl", ".csv", ".parquet"):
+        rows = read_rows(name)
+    else:
+        rows = hub_rows(name, config.dataset_config, config.dataset_split)
+        if config.eval_split and config.eval_samples:
+            held_out = hub_rows(name, config.dataset_config, config.eval_split)
+    if config.dataset_options and not name.startswith("synthetic:"):
+        raise ConfigError(f"dataset_options are for synthetic tasks, and dataset is {name!r}; remove them")
+    if not held_out and config.eval_samples and config.eval_fraction:
+        chosen = set(order.sample(range(len(rows)), int(len(rows) * config.eval_fraction)))
+        rows, held_out = [r for i, r in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
+    if config.shuffle:
+        order.shuffle(rows)
+        order.shuffle(held_out)
+    problems = [make_problem(row, config, where) for row, where in rows[:config.max_train_samples or None]]
+    if not problems:
+        raise UserError(f"dataset {name!r} has no training rows")
+    asked = {json.dumps(p.prompt) for p in problems}
+    held_out = [make_problem(row, config, where) for row, where in held_out]
+    return problems, [p for p in held_out if json.dumps(p.prompt) not in asked][:config.eval_samples]
+
+
+def render_prompt(tokenizer, problem, config):
+    """Token ids of a prompt: through the chat template with a generation prompt; without a template, the contents
+    one after the other as text."""
+    if isinstance(problem.prompt, str):
+        return list(tokenizer.encode(problem.prompt))
+    if not tokenizer.has_chat_template:
+        return list(tokenizer.encode("\n\n".join(m["content"] for m in problem.prompt) + "\n"))
+    return list(tokenizer.apply_chat_template(problem.prompt, add_generation_prompt=True, **config.chat_template_kwargs))
+
+
+def fitting_problems(problems, tokenizer, config):
+    """Those whose prompt has at most max_prompt_length tokens; the number of dropped ones is printed. Raises UserError
+    when none is left."""
+    kept = [p for p in problems if len(render_prompt(tokenizer, p, config)) <= config.max_prompt_length]
+    if len(kept) < len(problems):
+        print(f"{len(problems) - len(kept)} of {len(problems)} prompts are longer than max_prompt_length "
+              f"({config.max_prompt_length} tokens) and are left out", file=sys.stderr)
+    if problems and not kept:
+        raise UserError(f"all prompts are longer than max_prompt_length = {config.max_prompt_length}; raise it")
+    return kept
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
+
+def completion_text(completion):
+    """A completion as text: itself, or the content of the last chat message."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def extract_answer(text):
+    """The XML answer, else the text after "####", else None."""
+    answer = extract_xml_answer(text)
+    return extract_hash_answer(text) if answer is None else answer
+
+
+def as_number(text):
+    """"$1,000.50" -> Fraction; None for what isn't one number (a sign, digits, grouping commas, a fraction, %)."""
+    text = text.strip().lstrip("$").rstrip("%.").strip()
+    if not re.fullmatch(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?(/\d+)?", text) or len(text) > 64:
+        return None
+    try:
+        return Fraction(text.replace(",", ""))
+    except (ValueError, ZeroDivisionError):     # "", "/2", "1.5/2", "1/0"
+        return None
+
+
+def same_answer(given, gold):
+    """Whether two answers agree: as numbers where both are ("1,000" = "1000.0"), else as text without case."""
+    if given is None or gold is None:
+        return False
+    a, b = as_number(given), as_number(gold)
+    return a == b if a is not None and b is not None else given.strip().casefold() == gold.strip().casefold()
+
+
+def correctness_reward_func(prompts, completions, answer, **_):
+    """2.0 where the extracted answer equals the gold one (1,000 = 1000.0), else 0.0."""
+    return [2.0 * same_answer(extract_answer(completion_text(c)), gold) for c, gold in zip(completions, answer)]
+
+
+def int_reward_func(completions, **_):
+    """0.5 where the extracted answer (XML, else after ####) is an integer, else 0.0."""
+    integer = lambda text: text is not None and re.fullmatch(r"[-+]?(\d{1,3}(,\d{3})+|\d+)", text) is not None
+    return [0.5 * integer(extract_answer(completion_text(c))) for c in completions]
+
+
+TEXT = r"((?!</?(reasoning|answer)>).)*"     # anything but one of the four tags
+
+
+def strict_format_reward_func(completions, **_):
+    """0.5 where the whole completion is <reasoning>...</reasoning> then <answer>...</answer>, else 0.0."""
+    whole = re.compile(rf"\s*<reasoning>{TEXT}</reasoning>\s*<answer>{TEXT}</answer>\s*", re.DOTALL)
+    return [0.5 * (whole.fullmatch(completion_text(c)) is not None) for c in completions]
+
+
+def soft_format_reward_func(completions, **_):
+    """0.5 where the completion contains reasoning tags followed by answer tags, else 0.0."""
+    inside = re.compile(rf"<reasoning>{TEXT}</reasoning>\s*<answer>{TEXT}</answer>", re.DOTALL)
+    return [0.5 * (inside.search(completion_text(c)) is not None) for c in completions]
+
+
+def xmlcount_reward_func(completions, **_):
+    """0.125 for each of the four tags that occurs exactly once, minus 0.001 for each character after </answer>; at
+    least 0.0, at most 0.5."""
+    def score(text):
+        tags = sum(0.125 * (text.count(tag) == 1) for tag in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"))
+        return max(0.0, tags - 0.001 * len(text.rpartition("</answer>")[2]) * ("</answer>" in text))
+    return [score(completion_text(c)) for c in completions]
+
+
+REWARDS = {
+    "correctness": correctness_reward_func,
+    "int": int_reward_func,
+    "strict_format": strict_format_reward_func,
+    "soft_format": soft_format_reward_func,
+    "xmlcount": xmlcount_reward_func,
+}
+
+
+def find_rewards(specs):
+    """{name: function} of the names in REWARDS, "file.py:function" specs, or callables. Raises ConfigError."""
+    found = {}
+    for spec in specs:
+        name = spec.__name__ if callable(spec) else spec.rpartition(":")[2].removesuffix("_reward_func")
+        if not callable(spec) and ":" not in spec and name not in REWARDS:
+            raise ConfigError(f"rewards: there is no {spec!r}{nearest(spec, REWARDS)} (known: {', '.join(REWARDS)}; "
+                              "your own: file.py:function)")
+        if name in found:
+            raise ConfigError(f"rewards: {name!r} is named twice; remove one")
+        function = spec if callable(spec) else load_symbol(spec, "reward") if ":" in spec else REWARDS[name]
+        if not callable(function):
+            raise ConfigError(f"rewards: {spec!r} is not a function")
+        found[name] = function
+    return found
+
+
+class RewardError(UserError):
+    """A reward function raised, or returned something that is not one finite number or None for each completion."""
+
+
+class Scorer:
+    """Calls the reward functions on all rollouts of a step, under TRL's signature.
+
+    f(prompts, completions, **columns) -> list[float | None]; a function gets the arguments that it names, or all of
+    them if it has **kwargs: prompts, completions (text for a plain prompt, one assistant message for a chat),
+    completion_ids, every column of the data, trainer_state, log_extra(column, values), log_metric(name, value)."""
+
+    def __init__(self, functions, weights=(), on_error="stop", max_errors=100):
+        self.functions = functions
+        self.weights = np.array(weights or [1.0] * len(functions))
+        self.on_error, self.max_errors = on_error, max_errors
+        self.errors = 0
+
+    def __call__(self, rollouts, trainer_state=None):
+        """(scores, extras, metrics): scores (B, number of functions) float64, NaN where a function returned None;
+        extras: column -> B values for completions.jsonl; metrics: name -> number. Raises RewardError."""
+        rows = [(r.problem, ids, text) for r in rollouts for ids, text in zip(r.completion_ids, r.texts)]
+        columns = sorted(set().union(*(p.columns for p, _, _ in rows)))
+        extras, metrics = {}, {}
+        arguments = {name: [p.columns.get(name) for p, _, _ in rows] for name in columns} | {
+            "prompts": [p.prompt for p, _, _ in rows],
+            "completions": [t if isinstance(p.prompt, str) else [{"role": "assistant", "content": t}] for p, _, t in rows],
+            "completion_ids": [list(ids) for _, ids, _ in rows],
+            "trainer_state": trainer_state,
+            "log_extra": extras.__setitem__,
+            "log_metric": metrics.__setitem__,
+        }
+        scores = np.full((len(rows), len(self.functions)), np.nan)
+        for k, (name, function) in enumerate(self.functions.items()):
+            scores[:, k] = self.score_function(name, function, arguments, rows)
+        for column, values in extras.items():
+            if len(values) != len(rows):
+                raise RewardError(f"log_extra({column!r}) got {len(values)} values for {len(rows)} completions")
+        return scores, extras, metrics | ({"reward_errors": self.errors} if self.errors else {})
+
+    def score_function(self, name, function, arguments, rows):
+        """One function's column, (B,). What to do about an error is on_error's to say."""
+        parameters = inspect.signature(function).parameters.values()
+        wants_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        known = {p.name for p in parameters}
+        missing = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+                   and p.name not in arguments]
+        if missing:
+            raise RewardError(f"reward {name!r} asks for {missing[0]!r}, which is no column of the data "
+                              f"({', '.join(sorted(arguments))})")
+        given = {k: v for k, v in arguments.items() if wants_all or k in known}
+        try:
+            values = list(function(**given))
+        except Exception as error:                       # the user's code may raise anything
+            if self.on_error == "stop":
+                raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}"
+                                  + self.culprit(function, given, rows)) from error
+            values = [self.score_row(function, given, i) for i in range(len(rows))]
+        if len(values) != len(rows):
+            if self.on_error == "stop":
+                raise RewardError(f"reward {name!r} returned {len(values)} values for {len(rows)} completions, "
+                                  f"the first to {rows[0][0].prompt!r}")
+            self.count_errors(len(rows), name)
+            return np.full(len(rows), np.nan)
+        column = np.full(len(rows), np.nan)
+        for i, value in enumerate(values):
+            if value is None:
+                continue
+            number = isinstance(value, (int, float, np.number)) and math.isfinite(value)
+            if number:
+                column[i] = value
+            elif self.on_error == "stop":
+                raise RewardError(f"reward {name!r} returned {value!r} for the completion {rows[i][2]!r} to "
+                                  f"{rows[i][0].prompt!r}; return a finite number, or None for 'does not apply'")
+            else:
+                self.count_errors(1, name)
+        return column
+
+    def score_row(self, function, given, i):
+        """One row alone, after the whole batch raised; NaN-counted if it raises again."""
+        one = {k: [v[i]] if isinstance(v, list) else v for k, v in given.items()}
+        try:
+            return list(function(**one))[0]
+        except Exception:                                # counted, logged, and stopping after max_errors
+            return math.nan
+
+    def culprit(self, function, given, rows):
+        """" on completion ... of problem ..." for the first row that raises alone; empty if none does."""
+        for i, (problem, _, text) in enumerate(rows):
+            try:
+                list(function(**{k: [v[i]] if isinstance(v, list) else v for k, v in given.items()}))
+            except Exception:                            # found: named in the message of the RewardError being raised
+                return f" on the completion {text!r} to {problem.prompt!r}"
+        return ""
+
+    def count_errors(self, n, name):
+        self.errors += n
+        print(f"reward {name!r}: {n} rows skipped ({self.errors} so far)", file=sys.stderr)
+        if self.errors > self.max_errors:
+            raise RewardError(f"{self.errors} reward errors, more than max_reward_errors = {self.max_errors}; "
+                              f"the last came from reward {name!r}")
+
+
+# ---- rollouts --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Rollout:
+    """G completions of one prompt, as sampled.
+
+    prompt_ids: L token ids. For each of the G completions: completion_ids, T_i sampled ids with the end token;
+    logprobs, T_i log-probs of these ids at the sampling temperature (nats), as the sampler saw them; env_mask, T_i
+    numbers, 1 = sampled, 0 = put there by an environment, not trained; ended, whether it stopped by itself; texts,
+    decoded without special tokens, for rewards and people. inputs: what else the prompt holds (images), opaque."""
+
+    problem: Problem
+    prompt_ids: list
+    completion_ids: list
+    logprobs: list
+    env_mask: list
+    ended: list
+    texts: list
+    inputs: object = None
+
+
+TRAIN, EVAL = 0, 1      # separate random streams
+
+
+def row_uniforms(seed, step, prompt, row, length, stream=TRAIN):
+    """(length,) float32 in (0, 1), one for each token position: Philox with key (seed, step) and counter (prompt, row),
+    so a row draws the same numbers whoever shares its batch, whatever the order, and after a resume. prompt is the
+    place in the step, row the place in the group."""
+    raw = np.random.Philox(key=[seed, step], counter=[0, row, prompt, stream]).random_raw(length)
+    return (((raw >> np.uint64(41)).astype(np.float64) + 0.5) * 2.0**-23).astype(np.float32)
+
+
+def draw(logits, uniforms, temperature):
+    """One token for each row by inverting the cumulative distribution at its uniform number; the best one where the
+    temperature is 0. logits (B, V), uniforms (B,). Returns (tokens (B,), log-probs (B,) in nats, at the temperature)."""
+    logits = logits.astype(mx.float32)     # bf16 log-softmax is off by 1e-2 nats, the size of a real log-ratio
+    z = logits / temperature if temperature else logits
+    z = z - z.max(axis=-1, keepdims=True)
+    weights = mx.exp(z)
+    if temperature:
+        cumulative = mx.cumsum(weights, axis=-1)
+        reached = cumulative >= uniforms[:, None] * cumulative[:, -1:]     # true at the end, as uniforms are below 1
+        tokens = mx.argmax(reached, axis=-1)
+    else:
+        tokens = mx.argmax(z, axis=-1)
+    taken = mx.take_along_axis(z, tokens[:, None], axis=-1)[:, 0]
+    return tokens, taken - mx.log(weights.sum(axis=-1))
+
+
+def prefill(model, prompt_ids, chunk=512):
+    """(cache, logits (1, V)) after one prompt of L tokens, in pieces of `chunk`."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    tokens = mx.array([prompt_ids])
+    for start in range(0, len(prompt_ids), chunk):
+        logits = model(tokens[:, start:start + chunk], cache=cache)[:, -1]
+        mx.eval(logits, [c.state for c in cache])
+    return cache, logits
+
+
+def map_cache(function, *caches):
+    """A cache whose arrays (rows first) are function(arrays of the given caches); other state from the first one."""
+    on_arrays = lambda first, *rest: function(first, *rest) if isinstance(first, mx.array) else first
+    return type(caches[0]).from_state(tree_map(on_arrays, caches[0].state, *[c.state for c in caches[1:]]))
+
+
+def stack_caches(caches, lengths, num_generations):
+    """The caches of P prefilled prompts as one of P*G rows, each prompt G times in a row. Prompts of one length are
+    stacked; others are merged by mlx-lm's batch caches, padded on the left."""
+    if len(set(lengths)) == 1:
+        stacked = [map_cache(lambda *arrays: mx.concatenate(arrays, axis=0), *layer) for layer in zip(*caches)]
+    else:
+        stacked = [type(layer[0]).merge(list(layer)) for layer in zip(*caches)]
+    if num_generations > 1:
+        stacked = [map_cache(lambda a: mx.repeat(a, num_generations, axis=0), layer) for layer in stacked]
+    return stacked
+
+
+def decode(model, cache, logits, uniforms, *, max_new_tokens, temperature, end_ids):
+    """Sample one completion for each row of a prefilled cache; rows that have ended leave the batch once they are half
+    of it. logits (B, V), uniforms (B, max_new_tokens).
+
+    Returns (ids, logprobs): for each row an int and a float32 array, both (T_i,), the end token included."""
+    B = logits.shape[0]
+    ids, logprobs = [[] for _ in range(B)], [[] for _ in range(B)]
+    rows, done = np.arange(B), np.zeros(B, dtype=bool)      # rows in the batch, and whether each has ended
+    uniforms = mx.array(uniforms)
+    ends = np.array(sorted(end_ids))
+    tokens, taken = draw(logits, uniforms[:, 0], temperature)
+    mx.async_eval(tokens, taken)
+    for position in range(max_new_tokens):
+        if position + 1 < max_new_tokens:       # queue the next token before this one is read
+            logits = model(tokens[:, None], cache=cache)[:, -1]
+            next_tokens, next_taken = draw(logits, uniforms[:, position + 1], temperature)
+            mx.async_eval(next_tokens, next_taken)
+        for row, over, token, logprob in zip(rows, done, np.array(tokens), np.array(taken)):
+            if not over:
+                ids[row].append(int(token))
+                logprobs[row].append(float(logprob))
+        done |= np.isin(np.array(tokens), ends)
+        if done.all() or position + 1 == max_new_tokens:
+            break
+        tokens, taken = next_tokens, next_taken
+        if done.sum() * 2 >= len(done):         # compact: copying the cache pays for itself in a few tokens
+            keep = mx.array(np.flatnonzero(~done))
+            cache = [map_cache(lambda a: a[keep], layer) for layer in cache]
+            tokens, taken, uniforms = tokens[keep], taken[keep], uniforms[keep]
+            rows, done = rows[~done], done[~done]
+    return ids, logprobs
+
+
+def sample_completions(model, tokenizer, problems, config, *, num_generations, max_new_tokens, temperature, step,
+                       stream=TRAIN):
+    """A Rollout of num_generations completions for each problem. Every prompt is prefilled once; up to
+    rollout_batch_size rows (whole groups) are decoded together. Raises UserError for a log-prob that is not finite."""
+    rollouts, at_once = [], max(1, config.rollout_batch_size // num_generations)
+    for first in range(0, len(problems), at_once):
+        chunk = problems[first:first + at_once]
+        prompts = [render_prompt(tokenizer, p, config) for p in chunk]
+        caches, logits = zip(*[prefill(model, ids) for ids in prompts])
+        uniforms = np.stack([row_uniforms(config.seed, step, first + p, g, max_new_tokens, stream)
+                             for p in range(len(chunk)) for g in range(num_generations)])
+        ids, logprobs = decode(
+            model, stack_caches(caches, [len(p) for p in prompts], num_generations),
+            mx.repeat(mx.concatenate(logits), num_generations, axis=0), uniforms,
+            max_new_tokens=max_new_tokens, temperature=temperature, end_ids=tokenizer.eos_token_ids)
+        for p, problem in enumerate(chunk):
+            group = slice(p * num_generations, (p + 1) * num_generations)
+            rollouts.append(make_rollout(tokenizer, problem, prompts[p], ids[group], logprobs[group]))
+    return rollouts
+
+
+def make_rollout(tokenizer, problem, prompt_ids, completion_ids, logprobs, env_mask=None, inputs=None):
+    """A Rollout with what follows from the ids: which completions ended, and their texts."""
+    if not all(np.isfinite(row).all() for row in logprobs):
+        raise UserError(f"the sampler gave a log-prob that is not finite for {problem.prompt!r}; with quantised rollouts "
+                        "raise rollout_bits or set quantize_for_rollouts = false, else lower learning_rate and resume")
+    ends = set(tokenizer.eos_token_ids)
+    ended = [bool(ids) and ids[-1] in ends for ids in completion_ids]
+    texts = [tokenizer.decode(ids[:-1] if over else ids, skip_special_tokens=True) for ids, over in zip(completion_ids, ended)]
+    return Rollout(problem, prompt_ids, completion_ids, logprobs, env_mask or [[1] * len(ids) for ids in completion_ids],
+                   ended, texts, inputs)
+
+
+# ---- advantages and batches ------------------------------------------------------------------------------------------
+
+def group_advantages(rewards, scale="group", eps=1e-4):
+    """A_i = (r_i - mean of its group) / (std + eps), with the std of the group, of the batch, or no divisor ("none").
+
+    rewards (P, G) float64, NaN = not scorable. Means and stds leave NaN out, std has ddof 1; a group with one scorable
+    row, and a NaN row, get 0. Returns (P, G) float64. (DeepSeekMath 4.1.2; "none": Dr. GRPO, arXiv 2503.20783.)"""
+    rewards = np.asarray(rewards, dtype=np.float64)
+    scorable = ~np.isnan(rewards)
+    count = scorable.sum(axis=1, keepdims=True)
+    mean = np.where(scorable, rewards, 0).sum(axis=1, keepdims=True) / np.maximum(count, 1)
+    centred = rewards - mean
+    if scale == "none":
+        return np.nan_to_num(centred)
+    if scale == "group":
+        squares = np.where(scorable, centred, 0) ** 2
+        std = np.sqrt(squares.sum(axis=1, keepdims=True) / np.where(count > 1, count - 1, np.nan))
+    else:
+        std = rewards[scorable].std(ddof=1) if scorable.sum() > 1 else np.nan
+    return np.nan_to_num(centred / (std + eps))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows to train on. tokens (B, S): prompt and completion, padded on the right. prompt_lengths (B,).
+    completion_ids, mask, old_logprobs, ref_logprobs (B, T), padded on the right with 0; mask 1 = trained token.
+    advantages (B,)."""
+
+    tokens: mx.array
+    prompt_lengths: mx.array
+    completion_ids: mx.array
+    mask: mx.array
+    old_logprobs: mx.array
+    ref_logprobs: mx.array
+    advantages: mx.array
+
+
+def right_pad(rows, width, dtype):
+    padded = np.zeros((len(rows), width), dtype=dtype)
+    for i, row in enumerate(rows):
+        padded[i, :len(row)] = row
+    return mx.array(padded)
+
+
+def pad_batch(rollouts, advantages, *, mask_truncated=False, multiple=16):
+    """The rows of some rollouts as a Batch; advantages (P, G). Widths are rounded up to `multiple`, which bounds the
+    number of different shapes. ref_logprobs start as zeros."""
+    rows = [(r, i) for r in rollouts for i in range(len(r.completion_ids))]
+    completions = [r.completion_ids[i] for r, i in rows]
+    masks = [np.array(r.env_mask[i]) * (r.ended[i] or not mask_truncated) for r, i in rows]
+    full = [list(r.prompt_ids) + r.completion_ids[i] for r, i in rows]
+    round_up = lambda n: -(-n // multiple) * multiple
+    T, S = round_up(max(map(len, completions))), round_up(max(map(len, full)))
+    return Batch(
+        tokens=right_pad(full, S, np.int32),
+        prompt_lengths=mx.array([len(r.prompt_ids) for r, _ in rows]),
+        completion_ids=right_pad(completions, T, np.int32),
+        mask=right_pad(masks, T, np.float32),
+        old_logprobs=right_pad([r.logprobs[i] for r, i in rows], T, np.float32),
+        ref_logprobs=mx.zeros((len(rows), T)),
+        advantages=mx.array(np.asarray(advantages, dtype=np.float32).reshape(-1)),
+    )
+
+
+# ---- log-probs and loss ----------------------------------------------------------------------------------------------
+
+class HiddenStates:
+    """Stands in for a model's trunk and returns hidden states already computed, so that calling the model applies only
+    its head, with whatever soft-cap or scale belongs to it."""
+
+    def __init__(self, trunk, hidden):
+        self.trunk, self.hidden = trunk, hidden
+
+    def __call__(self, *_, **__):
+        return self.hidden
+
+    def __getattr__(self, name):        # tied heads reach for trunk.embed_tokens.as_linear
+        return getattr(self.trunk, name)
+
+
+class SplitModel:
+    """A model as trunk and head: trunk(tokens) -> hidden (B, S, C); head(hidden) -> logits (..., V). So only the
+    positions that matter are projected onto the vocabulary. Works on mlx-lm's usual shape, a Model whose attribute
+    (TRUNKS) holds everything but the head; others keep the whole forward as trunk and an empty head."""
+
+    TRUNKS = ("model", "transformer", "backbone")
+
+    def __init__(self, model):
+        self.model = model
+        self.name = next((n for n in self.TRUNKS if isinstance(model.get(n), nn.Module)), None)
+        probe = mx.array([[0, 1, 2]])
+        if self.name and not mx.array_equal(self.head(self.trunk(probe)), model(probe)).item():
+            self.name = None
+
+    def trunk(self, tokens):
+        return self.model[self.name](tokens) if self.name else self.model(tokens)
+
+    def head(self, hidden):
+        if not self.name:
+            return hidden
+        vars(self.model)[self.name] = HiddenStates(self.model[self.name], hidden)
+        try:
+            return self.model(mx.zeros(hidden.shape[:2], dtype=mx.int32))
+        finally:
+            del vars(self.model)[self.name]
+
+
+def completion_logprobs(split, batch, temperature):
+    """Log-probs of the completion tokens and entropies at the sampling temperature, from one forward pass.
+
+    split: a SplitModel. Returns (logprobs, entropy), both (B, T) float32, nats; entropy carries no gradient. Padding
+    holds the values of a wrong token: mask it."""
+    B, T = batch.completion_ids.shape
+    hidden = split.trunk(batch.tokens)                                                      # (B, S, C)
+    before = batch.prompt_lengths[:, None] - 1 + mx.arange(T)                               # position that predicts t
+    before = mx.minimum(before, batch.tokens.shape[1] - 1)
+    hidden = mx.take_along_axis(hidden, before[:, :, None], axis=1)                         # (B, T, C)
+    z = split.head(hidden).astype(mx.float32) / temperature                                 # (B, T, V)
+    normaliser = mx.logsumexp(z, axis=-1)                                                   # (B, T)
+    taken = mx.take_along_axis(z, batch.completion_ids[:, :, None], axis=-1)[:, :, 0]
+    fixed = mx.stop_gradient(z)
+    log_p = fixed - mx.stop_gradient(normaliser)[:, :, None]
+    entropy = -(mx.exp(log_p) * log_p).sum(axis=-1)
+    return taken - normaliser, entropy
+
+
+TOKEN_WEIGHTS = {  # what each token counts; N rows and M trained tokens in the whole step, so splitting changes nothing
+    "grpo": lambda mask, N, M, max_tokens: mask / mx.maximum(mask.sum(1, keepdims=True), 1) / N,   # mean of row means
+    "bnpo": lambda mask, N, M, max_tokens: mask / mx.maximum(M, 1),                                       # token mean
+    "dapo": lambda mask, N, M, max_tokens: mask / mx.maximum(M, 1),                       # token mean, DAPO, arXiv 2503.14476
+    "dr_grpo": lambda mask, N, M, max_tokens: mask / (N * max_tokens),             # constant, Dr. GRPO, 2503.20783
+}
+
+
+def guarded_exp(x):
+    """exp with its argument held in [-20, 20], so that one wild token can't overflow the loss."""
+    return mx.exp(mx.clip(x, -20, 20))
+
+
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss_type, clip_eps, clip_eps_high, kl_coeff,
+              max_tokens=None, kl_estimator="k3", num_rows=None, num_tokens=None):
+    """Negated GRPO objective (DeepSeekMath Eq. 3, with the KL estimator of Eq. 4).
+
+    logprobs, old_logprobs, ref_logprobs: (B, T), nats; only logprobs carries a gradient. advantages: (B,).
+    mask: (B, T), 1 on trained tokens, 0 on padding and injected tokens. max_tokens: Dr. GRPO's divisor.
+    num_rows, num_tokens: of the whole step where this is a part of it (default: this batch); the parts' values add up.
+    Returns (loss, metrics): a scalar to minimise; scalars that add up over parts to means over the step's tokens, but
+    for clip_ratio/low_min and /high_max, the least and greatest rate of a row."""
+    num_rows = mask.shape[0] if num_rows is None else num_rows
+    num_tokens = mask.sum() if num_tokens is None else num_tokens
+    A = advantages[:, None]                                                    # (B, 1)
+    log_ratio = mx.where(mask > 0, logprobs - old_logprobs, 0)
+    ratio = guarded_exp(log_ratio)                                             # (B, T)  pi_theta / pi_old
+    clipped = mx.clip(ratio, 1 - clip_eps, 1 + clip_eps_high)
+    surrogate = mx.minimum(ratio * A, clipped * A)
+    kl = mx.zeros_like(surrogate)
+    if kl_coeff:
+        log_ref_ratio = mx.where(mask > 0, ref_logprobs - logprobs, 0)         # log(pi_ref / pi_theta)
+        kl = guarded_exp(log_ref_ratio) - mx.clip(log_ref_ratio, -20, 20) - 1  # >= 0
+        if kl_estimator == "k3_corrected":
+            kl = kl * ratio                                                    # unbiased off policy (DeepSeek-V3.2)
+    weights = TOKEN_WEIGHTS[loss_type](mask, num_rows, num_tokens, max_tokens)
+    objective = (weights * (surrogate - kl_coeff * kl)).sum()
+    low, high = (ratio < 1 - clip_eps) & (A < 0), (ratio > 1 + clip_eps_high) & (A > 0)
+    mean = lambda x: (x * mask).sum() / mx.maximum(num_tokens, 1)
+    rate = lambda x: (x * mask).sum(1) / mx.maximum(mask.sum(1), 1)            # (B,)
+    metrics = {"kl": mean(kl), "clip_ratio/low_mean": mean(low), "clip_ratio/high_mean": mean(high),
+               "clip_ratio/region_mean": mean(low | high),
+               "clip_ratio/low_min": rate(low).min(), "clip_ratio/high_max": rate(high).max()}
+    return -objective, metrics
+
+
+def merge_metrics(parts):
+    """Metrics of a step from those of its parts: sums, but for names that end in min or max."""
+    merge = {"min": min, "max": max}
+    return {key: merge.get(re.split("[_/]", key)[-1], sum)(part[key] for part in parts) for key in parts[0]}
+
+
+# ---- trainer ---------------------------------------------------------------------------------------------------------
+
+class TrainerCallback:
+    """Hooks for people who want their own loop around ours; override what you need. `trainer` is the MLXGRPOTrainer,
+    `metrics` the step's dictionary, which may be added to. Return True from on_step_end to stop training."""
+
+    def on_train_begin(self, trainer): ...
+    def on_step_end(self, trainer, metrics): ...
+    def on_evaluate(self, trainer, metrics): ...
+    def on_save(self, trainer, path): ...
+    def on_train_end(self, trainer): ...
+
+
+def learning_rate_at(step, total, config):
+    """The learning rate of step 1..total: linear warmup over warmup_ratio * total steps, then lr_scheduler_type."""
+    kind = config.lr_scheduler_type
+    warmup = 0 if kind == "constant" else math.ceil(config.warmup_ratio * total)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    if kind in ("constant", "constant_with_warmup"):
+        return config.learning_rate
+    progress = (step - 1 - warmup) / max(total - warmup, 1)      # 0 at the first step after the warmup
+    return config.learning_rate * (0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress)
+
+
+def prompt_order(step, total_prompts, per_step, seed, shuffle):
+    """The per_step problem indices of step 1, 2, ...: an endless stream of epochs, each a permutation of its own."""
+    epochs = {}
+    def at(position):
+        epoch, place = divmod(position, total_prompts)
+        if epoch not in epochs:
+            order = list(range(total_prompts))
+            if shuffle:
+                random.Random(f"order {seed} {epoch}").shuffle(order)
+            epochs[epoch] = order
+        return epochs[epoch][place]
+    return [at((step - 1) * per_step + i) for i in range(per_step)]
+
+
+def check_trainable(model, config):
+    """Raises UserError for a model whose matrices are quantised: only its norms would train, without an error."""
+    if is_quantized(model):
+        raise UserError(f"{config.model_name} is quantised, so full fine-tuning would train only its norms; convert it "
+                        "back with utils/convert_model.py --dequantize, or start from the unquantised model")
+
+
+def clip_gradients(gradients, max_norm):
+    """(gradients scaled to at most max_norm over all together, their norm before); max_norm 0 = as they are."""
+    norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(gradients)))
+    if max_norm:
+        scale = mx.minimum(1.0, max_norm / (norm + 1e-6))
+        gradients = tree_map(lambda g: g * scale, gradients)
+    return gradients, norm
+
+
+class Learner:
+    """A model's trained weights: float32 whatever the dtype it computes in, with AdamW's moments beside them.
+
+    MLX's optimizers keep weights and moments in the weights' dtype, and a bfloat16 weight does not move by an update
+    below 0.4 % of itself: 100 updates at learning rate 1e-6 move 2 % of them. So the update is done in float32, and
+    the model gets its weights cast to the compute dtype. In float32 both are the same arrays."""
+
+    def __init__(self, model, config, dtype):
+        check_trainable(model, config)
+        self.model, self.dtype, self.max_grad_norm = model, dtype, config.max_grad_norm
+        self.master = cast_floats(model.trainable_parameters(), mx.float32)
+        self.optimizer = optim.AdamW(config.learning_rate, betas=[config.adam_beta1, config.adam_beta2],
+                                     weight_decay=config.weight_decay, bias_correction=True)
+        self.optimizer.init(self.master)
+        self.model.update(cast_floats(model.parameters(), dtype))
+        mx.eval(self.master, self.model.parameters())
+
+    def gradients_of(self, loss, compiled=False):
+        """A function of (batch, *totals) -> (value, metrics, float32 gradients with respect to the trained weights), for
+        loss(batch, *totals) -> (value, metrics). totals are scalar arrays; compiled: by mx.compile, once per shape."""
+        def of_weights(weights, arrays, *totals):
+            self.model.update(weights)
+            return loss(Batch(**arrays), *totals)
+
+        value_and_grad = mx.value_and_grad(of_weights)
+        if compiled:
+            value_and_grad = mx.compile(value_and_grad)
+
+        def gradients(batch, *totals):
+            weights = self.model.trainable_parameters()
+            (value, metrics), found = value_and_grad(weights, vars(batch), *totals)
+            self.model.update(weights)                       # the traced ones would hold on to the whole graph
+            found = cast_floats(found, mx.float32)
+            mx.eval(value, metrics, found)                   # one pass's activations are freed before the next
+            return value.item(), {k: v.item() for k, v in metrics.items()}, found
+
+        return gradients
+
+    def update(self, gradients, learning_rate):
+        """One optimizer update; returns the gradient norm before clipping. Raises UserError where it is not finite."""
+        gradients, norm = clip_gradients(gradients, self.max_grad_norm)
+        if not math.isfinite(norm.item()):
+            raise UserError(f"the gradient norm is {norm.item()}; lower learning_rate, or use dtype = \"float32\"")
+        self.optimizer.learning_rate = learning_rate
+        self.master = self.optimizer.apply_gradients(gradients, self.master)
+        self.model.update(cast_floats(self.master, self.dtype))
+        mx.eval(self.master, self.model.parameters(), self.optimizer.state)
+        return norm.item()
+
+
+class MLXGRPOTrainer:
+    """GRPO on a model: owns model, model_old (sampled from), ref_model (KL anchor), the learner and the step.
+
+    model, tokenizer: as load_model returns them. reward_funcs: names from REWARDS, "file.py:function", or callables
+    under TRL's signature. train_dataset, eval_dataset: Problems, or rows (dictionaries) with args.prompt_column and
+    args.answer_column. rollout_func(trainer, problems) -> [Rollout] replaces the sampler. run_dir: where checkpoints
+    and logs go; None = output_dir/run_name."""
+
+    def __init__(self, model, tokenizer, reward_funcs, args, train_dataset, eval_dataset=None, *, rollout_func=None,
+                 callbacks=(), run_dir=None):
+        self.args, self.tokenizer, self.callbacks = args, tokenizer, callbacks
+        self.scorer = Scorer(find_rewards(reward_funcs), args.reward_weights, args.on_reward_error, args.max_reward_errors)
+        self.train_dataset = fitting_problems(as_problems(train_dataset, args), tokenizer, args)
+        self.eval_dataset = fitting_problems(as_problems(eval_dataset or [], args), tokenizer, args)
+        self.rollout_func = rollout_func
+        self.run_dir = Path(run_dir or Path(args.output_dir) / args.run_name)
+        self.dtype = compute_dtype(args)
+        self.model = model
+        self.learner = Learner(model, args, self.dtype)
+        self.split = SplitModel(model)
+        self.update_every = args.update_every
+        self.quantize_rollouts = (len(model.layers) <= 20 if args.quantize_for_rollouts == "auto"
+                                  else args.quantize_for_rollouts)
+        self.model_old = None
+        self.ref_model = frozen_copy(model) if args.kl_coeff else None
+        self.ref_split = SplitModel(self.ref_model) if args.kl_coeff else None
+        self.step_count, self.num_tokens = 0, 0
+        self.total_steps = args.max_steps or max(1, len(self.train_dataset) * args.num_epochs // args.prompts_per_step)
+        self.compiled = mx.default_device() != mx.cpu if args.use_compile == "auto" else args.use_compile
+        self.gradients = self.learner.gradients_of(self.compute_grpo_loss, self.compiled)
+        self.samples = {}       # step -> (prompt, completion) of the first held-out problem
+        self.log = RunLog(self.run_dir if args.log_jsonl else None)
+        self.sync_old()
+
+    # -- one step, as the table in the module docstring
+
+    def step(self, problems):
+        """One GRPO step on prompts_per_step problems; returns its metrics."""
+        started = time.perf_counter()
+        step = self.step_count + 1
+        rollouts = self.generate_responses(problems)                                # 1. sample
+        rollout_s = time.perf_counter() - started
+        scores, extras, reward_metrics = self.scorer(rollouts, self.trainer_state())  # 2. score
+        rewards = weighted_rewards(scores, self.scorer.weights)
+        rewards = rewards.reshape(len(rollouts), -1)                                # (P, G)
+        advantages = group_advantages(rewards, self.args.scale_rewards)             # 3. (P, G)
+        learning_rate = learning_rate_at(step, self.total_steps, self.args)
+        update_metrics = self.update_policy(rollouts, advantages, learning_rate)    # 4. loss, gradient, update
+        self.step_count = step
+        if step % self.update_every == 0:                                           # 5. model_old <- model
+            self.sync_old()
+        self.num_tokens += sum(len(r.prompt_ids) + len(ids) for r in rollouts for ids in r.completion_ids)
+        self.log.completions(step, rollouts, scores, list(self.scorer.functions), rewards, advantages, extras)
+        return {
+            "step": step, "epoch": step * self.args.prompts_per_step / len(self.train_dataset), "learning_rate": learning_rate,
+            **score_metrics(scores, rewards, list(self.scorer.functions)), **completion_metrics(rollouts),
+            **update_metrics, **reward_metrics, "num_tokens": self.num_tokens, "rollout_s": rollout_s,
+            "step_time": time.perf_counter() - started, "peak_gb": mx.get_peak_memory() / 1e9,
+        }
+
+    def generate_responses(self, batch):
+        """[Rollout] of num_generations completions for each Problem in `batch`, sampled from model_old."""
+        if self.rollout_func:
+            return check_rollouts(self.rollout_func(self, batch), batch, self.args.num_generations)
+        return sample_completions(
+            self.model_old, self.tokenizer, batch, self.args, num_generations=self.args.num_generations,
+            max_new_tokens=self.args.max_new_tokens, temperature=self.args.temperature, step=self.step_count + 1)
+
+    def compute_grpo_loss(self, batch, num_rows=None, num_tokens=None):
+        """(loss, metrics) of a Batch under the current model; num_rows, num_tokens: of the whole step (grpo_loss)."""
+        logprobs, entropy = completion_logprobs(self.split, batch, self.args.temperature)
+        clip_high = self.args.clip_eps if self.args.clip_eps_high < 0 else self.args.clip_eps_high
+        num_rows = batch.mask.shape[0] if num_rows is None else num_rows
+        num_tokens = batch.mask.sum() if num_tokens is None else num_tokens
+        loss, metrics = grpo_loss(
+            logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages, batch.mask, loss_type=self.args.loss_type,
+            clip_eps=self.args.clip_eps, clip_eps_high=clip_high, kl_coeff=self.args.kl_coeff,
+            kl_estimator=self.args.kl_estimator, max_tokens=self.args.max_completion_length,
+            num_rows=num_rows, num_tokens=num_tokens)
+        gap = mx.abs(mx.stop_gradient(logprobs) - batch.old_logprobs) * batch.mask
+        metrics["entropy"] = (entropy * batch.mask).sum() / mx.maximum(num_tokens, 1)
+        metrics["sampling/sampling_logp_difference/mean"] = gap.sum() / mx.maximum(num_tokens, 1)
+        metrics["sampling/sampling_logp_difference/max"] = gap.max()
+        return loss, metrics
+
+    def update_policy(self, rollouts, advantages, learning_rate):
+        """Gradients of the whole step, batch_size prompts at a time, then one update. Divisors are those of the whole
+        step, so how it is split changes nothing. Returns metrics."""
+        size = self.args.batch_size
+        batches = [pad_batch(rollouts[i:i + size], advantages[i:i + size],
+                             mask_truncated=self.args.mask_truncated_completions) for i in range(0, len(rollouts), size)]
+        totals = mx.array(advantages.size), sum(b.mask.sum() for b in batches)
+        loss, gradients, parts = 0.0, None, []
+        for batch in batches:
+            if self.ref_model:
+                batch = replace(batch, ref_logprobs=completion_logprobs(self.ref_split, batch, self.args.temperature)[0])
+                mx.eval(batch.ref_logprobs)
+            value, metrics, part = self.gradients(batch, *totals)
+            loss += value
+            parts.append(metrics)
+            gradients = part if gradients is None else tree_map(mx.add, gradients, part)
+            mx.eval(gradients)                # the sum, or the graphs of all passes would be held at once
+        norm = self.learner.update(gradients, learning_rate)
+        return {"loss": loss, "grad_norm": norm, **merge_metrics(parts)}
+
+    def sync_old(self):
+        """model_old <- model. No copy where every step syncs and rollouts are not quantised; a copy shares its arrays
+        with the model until that moves. Every tensor is checked to be copied and finite."""
+        if self.update_every == 1 and not self.quantize_rollouts:
+            self.model_old = self.model
+        else:
+            self.model_old = None             # frees the old copy before the new one is made
+            self.model_old = frozen_copy(self.model, bits=self.args.rollout_bits if self.quantize_rollouts else 0,
+                                         group_size=self.args.rollout_group_size)
+
+    # -- the run around the steps
+
+    def train(self):
+        """Steps until total_steps, with evaluations, checkpoints and logs at their periods; returns the last metrics."""
+        args, metrics = self.args, {}
+        self.notify("on_train_begin")
+        if self.step_count == 0:
+            metrics = {"step": 0, **self.evaluate(at_start=True)}
+            self.log.metrics(metrics)
+        while self.step_count < self.total_steps:
+            order = prompt_order(self.step_count + 1, len(self.train_dataset), args.prompts_per_step, args.seed, args.shuffle)
+            metrics = self.step([self.train_dataset[i] for i in order])
+            last = self.step_count == self.total_steps
+            metrics |= self.evaluate(last)
+            stop = self.notify("on_step_end", metrics)
+            self.log.metrics(metrics)
+            if args.logging_steps and (self.step_count % args.logging_steps == 0 or last):
+                self.log.line(metrics, self.total_steps)
+            if last or stop or (args.save_steps and self.step_count % args.save_steps == 0):
+                self.save_checkpoint(self.run_dir / f"checkpoint-{self.step_count}")
+            if stop:
+                break
+        self.notify("on_train_end")
+        return metrics
+
+    def evaluate(self, at_end=False, at_start=False):
+        """Exact match on the held-out problems and on the fixed training subset, where this step's number is due."""
+        args, found = self.args, {}
+        due = lambda period: at_start or (period and (at_end or self.step_count % period == 0))
+        subset = self.train_dataset[:args.eval_subset_size] if args.eval_every_updates else []
+        for name, problems, period in (("eval", self.eval_dataset, args.eval_steps), ("eval_train", subset, args.eval_every_updates)):
+            if problems and period and due(period):
+                scores, texts = evaluate(self.model, self.tokenizer, problems, args)
+                if name == "eval":
+                    self.samples[self.step_count] = problems[0].prompt, texts[0]
+                found |= {f"{name}/{key}": value for key, value in scores.items()}
+        if found:
+            self.notify("on_evaluate", found)
+        return found
+
+    def trainer_state(self):
+        """What reward functions may know of the run: global_step, max_steps, epoch (TRL's names)."""
+        epoch = self.step_count * self.args.prompts_per_step / len(self.train_dataset)
+        return argparse.Namespace(global_step=self.step_count, max_steps=self.total_steps, epoch=epoch)
+
+    def notify(self, event, *args):
+        """Call every callback's method of that name; true if any of them returns true."""
+        return any([getattr(callback, event)(self, *args) for callback in self.callbacks])
+
+    def save_checkpoint(self, path):
+        """A directory that mlx_lm and transformers open, with the optimizer and the trainer's state beside it; written
+        under a temporary name and renamed. Raises UserError where it can't be written."""
+        stale = self.model_old is not self.model and self.step_count % self.update_every != 0
+        state = {"step": self.step_count, "num_tokens": self.num_tokens, "total_steps": self.total_steps,
+                 "reward_errors": self.scorer.errors}
+        save_checkpoint(path, self.learner, self.tokenizer, state, model_old=self.model_old if stale else None)
+        self.notify("on_save", path)
+
+    def load_checkpoint(self, path):
+        """Continue from a checkpoint of this run: weights, moments, model_old, step."""
+        state = load_checkpoint(path, self.learner)
+        self.step_count, self.num_tokens = state["step"], state["num_tokens"]
+        self.scorer.errors = state["reward_errors"]
+        self.sync_old()
+        if (Path(path) / OLD_POLICY).exists():
+            self.model_old.load_weights(str(Path(path) / OLD_POLICY))
+            mx.eval(self.model_old.parameters())
+        self.log.cut_after(self.step_count)
+
+
+def compute_dtype(config):
+    """The mx.Dtype of forward and backward passes: config.dtype, or what suits the device."""
+    if config.dtype != "auto":
+        return getattr(mx, config.dtype)
+    return mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+
+
+def as_problems(dataset, config):
+    return [row if isinstance(row, Problem) else make_problem(row, config, f"row {i}") for i, row in enumerate(dataset)]
+
+
+def check_rollouts(rollouts, problems, num_generations):
+    """The rollouts of a user's rollout_func, or a UserError that says what is wrong with them."""
+    if len(rollouts) != len(problems):
+        raise UserError(f"rollout_func returned {len(rollouts)} rollouts for {len(problems)} problems")
+    for r in rollouts:
+        lengths = [list(map(len, rows)) for rows in (r.completion_ids, r.logprobs, r.env_mask)]
+        if len(r.completion_ids) != num_generations or lengths[0] != lengths[1] or lengths[0] != lengths[2]:
+            raise UserError(f"rollout_func: {r.problem.prompt!r} needs {num_generations} completions whose ids, logprobs and "
+                            f"env_mask have equal lengths; got lengths {lengths}")
+    return rollouts
+
+
+def weighted_rewards(scores, weights):
+    """(B,) sums of weight * score over the functions that apply; NaN where none does. scores (B, K) with NaN."""
+    return np.where(np.isnan(scores).all(axis=1), np.nan, np.nansum(scores * weights, axis=1))
+
+
+def finite_or_none(x):
+    return float(x) if np.isfinite(x) else None
+
+
+def score_metrics(scores, rewards, names):
+    """Reward metrics of a step: grpo-reference's names; None where no row was scorable."""
+    known = lambda x: x[~np.isnan(x)]
+    mean = lambda x: finite_or_none(known(x).mean()) if len(known(x)) else None
+    std = lambda x: finite_or_none(known(x).std(ddof=1)) if len(known(x)) > 1 else None
+    flat = [len(known(group)) < 2 or np.ptp(known(group)) < 1e-8 for group in rewards]
+    found = {"reward": mean(rewards), "reward_std": std(rewards), "frac_reward_zero_std": float(np.mean(flat))}
+    for k, name in enumerate(names):
+        found |= {f"rewards/{name}/mean": mean(scores[:, k]), f"rewards/{name}/std": std(scores[:, k])}
+    return found
+
+
+def completion_metrics(rollouts):
+    lengths = np.array([len(ids) for r in rollouts for ids in r.completion_ids])
+    ended = np.array([e for r in rollouts for e in r.ended])
+    whole = lengths[ended] if ended.any() else np.zeros(1)
+    return {"completions/mean_length": float(lengths.mean()), "completions/min_length": int(lengths.min()),
+            "completions/max_length": int(lengths.max()), "completions/clipped_ratio": float(1 - ended.mean()),
+            "completions/mean_terminated_length": float(whole.mean()),
+            "completions/min_terminated_length": int(whole.min()), "completions/max_terminated_length": int(whole.max())}
+
+
+# ---- supervised warm start -------------------------------------------------------------------------------------------
+
+def sft_batch(tokenizer, problems, config):
+    """Prompts with their demonstrations and the end token as a Batch; cut at max_completion_length."""
+    rollouts = []
+    for problem in problems:
+        ids = tokenizer.encode(problem.solution, add_special_tokens=False)[:config.max_completion_length - 1]
+        ids = [*ids, tokenizer.eos_token_id]
+        rollouts.append(Rollout(problem, render_prompt(tokenizer, problem, config), [ids], [[0.0] * len(ids)],
+                                [[1] * len(ids)], [True], [problem.solution]))
+    return pad_batch(rollouts, np.zeros((len(problems), 1)))
+
+
+def sft_loss(logprobs, mask, num_tokens):
+    """Mean negative log-likelihood of the demonstrations' tokens, nats; (B, T). num_tokens: of the whole step."""
+    return -(logprobs * mask).sum() / num_tokens
+
+
+class SFTTrainer(MLXGRPOTrainer):
+    """The warm start: the same problems, order, batches, schedule, evaluations and checkpoints, with sft_loss on each
+    problem's demonstration. A step is batch_size * gradient_accumulation_steps problems."""
+
+    def __init__(self, model, tokenizer, args, train_dataset, eval_dataset=None, **options):
+        train_dataset = as_problems(train_dataset, args)
+        if missing := [p for p in train_dataset if p.solution is None]:
+            raise UserError(f"sft needs a demonstration, and {missing[0].prompt!r} has none; set solution_column to the "
+                            "column that holds it")
+        args = replace(args, kl_coeff=0.0, quantize_for_rollouts=False, update_every=1)
+        super().__init__(model, tokenizer, args.rewards, args, train_dataset, eval_dataset, **options)
+        self.gradients = self.learner.gradients_of(self.compute_sft_loss, self.compiled)
+
+    def compute_sft_loss(self, batch, num_tokens):
+        logprobs, _ = completion_logprobs(self.split, batch, 1.0)
+        return sft_loss(logprobs, batch.mask, num_tokens), {}
+
+    def step(self, problems):
+        started, step, size = time.perf_counter(), self.step_count + 1, self.args.batch_size
+        batches = [sft_batch(self.tokenizer, problems[i:i + size], self.args) for i in range(0, len(problems), size)]
+        num_tokens = sum(b.mask.sum() for b in batches)
+        loss, gradients = 0.0, None
+        for batch in batches:
+            value, _, part = self.gradients(batch, num_tokens)
+            loss += value
+            gradients = part if gradients is None else tree_map(mx.add, gradients, part)
+            mx.eval(gradients)
+        learning_rate = learning_rate_at(step, self.total_steps, self.args)
+        norm = self.learner.update(gradients, learning_rate)
+        self.step_count, self.num_tokens = step, self.num_tokens + sum(b.tokens.size for b in batches)
+        return {"step": step, "epoch": step * self.args.prompts_per_step / len(self.train_dataset),
+                "learning_rate": learning_rate, "loss": loss, "grad_norm": norm, "num_tokens": self.num_tokens,
+                "step_time": time.perf_counter() - started, "peak_gb": mx.get_peak_memory() / 1e9}
+
+
+# ---- evaluation, checkpoints, run log --------------------------------------------------------------------------------
+
+def evaluate(model, tokenizer, problems, config):
+    """({"exact_match", "mean_length", "clipped_ratio"}, [completion text]): one completion for each problem with the
+    training prompt, greedy unless eval_temperature; exact match is numeric-aware (same_answer)."""
+    rollouts = sample_completions(
+        model, tokenizer, problems, config, num_generations=1, max_new_tokens=config.eval_max_new_tokens,
+        temperature=config.eval_temperature, step=0, stream=EVAL)
+    texts = [r.texts[0] for r in rollouts]
+    right = [same_answer(extract_answer(text), p.answer) for text, p in zip(texts, problems)]
+    lengths = completion_metrics(rollouts)
+    return {"exact_match": float(np.mean(right)), "mean_length": lengths["completions/mean_length"],
+            "clipped_ratio": lengths["completions/clipped_ratio"]}, texts
+
+
+OLD_POLICY = "old_policy.safetensors"      # model_old where it is older than the model; mlx-lm reads model*.safetensors
+
+
+def save_checkpoint(path, learner, tokenizer, state, model_old=None):
+    """Write a model directory with float32 weights (model.safetensors, sharded when large; config.json; tokenizer;
+    generation_config.json), optimizer.safetensors and trainer_state.json, under a temporary name, then rename it."""
+    from mlx_grpo.files import atomic_directory
+    from mlx_lm.utils import save_model
+
+    model, source = learner.model, Path(learner.model.source_path)
+    config = json.loads((source / "config.json").read_text())
+    config["torch_dtype"] = config["dtype"] = "float32"
+    with atomic_directory(path, replace=True) as work:
+        model.update(learner.master)
+        save_model(work, model)
+        model.update(cast_floats(learner.master, learner.dtype))
+        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_tokenizer(tokenizer, work)
+        for file in [source / "generation_config.json", *source.glob("*.py")]:
+            if file.exists():
+                (work / file.name).write_bytes(file.read_bytes())
+        mx.save_safetensors(str(work / "optimizer.safetensors"), dict(tree_flatten(learner.optimizer.state)))
+        if model_old is not None:
+            mx.save_safetensors(str(work / OLD_POLICY), dict(tree_flatten(model_old.parameters())))
+        (work / "trainer_state.json").write_text(json.dumps(state | {"versions": versions()}, indent=2) + "\n")
+
+
+def save_tokenizer(tokenizer, directory):
+    """The tokenizer's files, special_tokens_map.json among them (transformers 5 no longer writes that one)."""
+    tokenizer.save_pretrained(directory)
+    names = {k: str(v) for k in ("bos_token", "eos_token", "pad_token", "unk_token") if (v := getattr(tokenizer, k, None))}
+    file = Path(directory) / "special_tokens_map.json"
+    if not file.exists():
+        file.write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n")
+
+
+def load_checkpoint(path, learner):
+    """Put a checkpoint's weights and moments into the learner; returns its trainer state."""
+    weights = {}
+    for file in sorted(Path(path).glob("model*.safetensors")):
+        weights |= mx.load(str(file))
+    learner.model.load_weights(list(weights.items()))
+    learner.master = cast_floats(learner.model.trainable_parameters(), mx.float32)
+    learner.model.update(cast_floats(learner.model.parameters(), learner.dtype))
+    learner.optimizer.state = tree_unflatten(list(mx.load(str(Path(path) / "optimizer.safetensors")).items()))
+    mx.eval(learner.master, learner.model.parameters(), learner.optimizer.state)
+    return json.loads((Path(path) / "trainer_state.json").read_text())
+
+
+def find_checkpoints(run_dir):
+    """The finished checkpoints of a run, oldest first."""
+    found = [p.parent for p in Path(run_dir).glob("checkpoint-*/trainer_state.json")]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def versions():
+    from importlib.metadata import version
+    return {"python": sys.version.split()[0]} | {p: version(p) for p in ("mlx", "mlx-lm", "numpy")}
+
+
+class RunLog:
+    """metrics.jsonl and completions.jsonl of a run, and its lines on the terminal. run_dir None writes no files."""
+
+    def __init__(self, run_dir):
+        self.run_dir = Path(run_dir) if run_dir else None
+        self.started, self.first_step = time.perf_counter(), None
+
+    def append(self, name, rows):
+        if self.run_dir:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            with open(self.run_dir / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def metrics(self, metrics):
+        self.append("metrics.jsonl", [metrics])
+
+    def completions(self, step, rollouts, scores, names, rewards, advantages, extras):
+        """One object for each completion: prompt, text, each reward, advantage, length."""
+        rows, G = [], len(rollouts[0].completion_ids)
+        for i, row in enumerate(scores):
+            r, g = rollouts[i // G], i % G
+            rows.append({
+                "step": step, "prompt": r.problem.prompt, "answer": r.problem.answer, "completion": r.texts[g],
+                "rewards": {n: None if np.isnan(s) else float(s) for n, s in zip(names, row)},
+                "reward": finite_or_none(rewards.reshape(-1)[i]), "advantage": float(advantages.reshape(-1)[i]),
+                "length": len(r.completion_ids[g]), "ended": r.ended[g], **{k: v[i] for k, v in extras.items()}})
+        self.append("completions.jsonl", rows)
+
+    def cut_after(self, step):
+        """Drop what was logged after `step`, when a run continues from there."""
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            if self.run_dir and (file := self.run_dir / name).exists():
+                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+                temporary = file.with_suffix(".tmp")
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                os.replace(temporary, file)
+
+    def line(self, m, total):
+        """One line for people, the same fields in the same order."""
+        if self.first_step is None:
+            self.first_step, self.started = m["step"] - 1, time.perf_counter() - m["step_time"]
+        done = m["step"] - self.first_step
+        left = (time.perf_counter() - self.started) / done * (total - m["step"])
+        parts = [f"step {m['step']}/{total}"]
+        if m.get("reward") is not None:
+            parts += [f"reward {m['reward']:.3f} ±{m['reward_std'] or 0:.2f}", f"kl {m['kl']:.4f}",
+                      f"clip {m['clip_ratio/region_mean']:.2f}",
+                      f"len {m['completions/mean_length']:.0f} (ended {1 - m['completions/clipped_ratio']:.0%})"]
+        parts += [f"loss {m['loss']:.4f}", f"lr {m['learning_rate']:.1e}", f"{m['step_time']:.1f} s"
+                  + (f" (rollout {m['rollout_s']:.1f})" if "rollout_s" in m else ""), f"{m['peak_gb']:.1f} GB"]
+        parts += [f"exact match {m['eval/exact_match']:.2f}"] if "eval/exact_match" in m else []
+        print(" | ".join(parts) + f" | {left / 60:.0f} min left", flush=True)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+def find_run_dir(config, resume):
+    """(run directory, checkpoint to resume from or None, config). {n} in run_name becomes the next free number, or the
+    last used one with --resume auto. Raises UserError where the directory already holds a run and nothing says resume,
+    and where --resume names no checkpoint."""
+    if "{n}" in config.run_name:
+        taken = [n for n in range(1, 10_000) if (Path(config.output_dir) / config.run_name.replace("{n}", str(n))).exists()]
+        number = max(taken, default=0) + 1 if resume != "auto" or not taken else max(taken)
+        config = replace(config, run_name=config.run_name.replace("{n}", str(number)))
+    run_dir = Path(config.output_dir) / config.run_name
+    if resume is None:
+        if (run_dir / "config.json").exists():
+            raise UserError(f"{run_dir} already holds a run; continue it with --resume auto, or choose another "
+                            "--set run_name=NAME (demo-{n} numbers the runs)")
+        return run_dir, None, config
+    if resume == "auto":
+        checkpoints = find_checkpoints(run_dir)
+        print(f"resuming from {checkpoints[-1]}" if checkpoints else f"no checkpoint in {run_dir}: starting fresh", flush=True)
+        return run_dir, checkpoints[-1] if checkpoints else None, config
+    if not (Path(resume) / "trainer_state.json").exists():
+        raise UserError(f"no checkpoint in {resume} (looked for trainer_state.json); --resume auto takes the newest of "
+                        f"{run_dir}, or starts fresh where there is none")
+    return run_dir, Path(resume), config
+
+
+def git_revision():
+    """The commit of this checkout with "+" for local changes, or None outside of one."""
+    try:
+        run = partial(subprocess.run, capture_output=True, text=True, cwd=HERE, timeout=10)
+        commit = run(["git", "rev-parse", "--short", "HEAD"])
+        return commit.stdout.strip() + "+" * bool(run(["git", "status", "--porcelain"]).stdout) if commit.returncode == 0 else None
+    except FileNotFoundError:
+        return None
+
+
+def write_run_config(run_dir, config, sources, command):
+    """The resolved configuration as JSON, with where each value came from, versions, device, git revision and seed."""
+    record = {"command": command, "config": asdict(config), "sources": sources, "versions": versions(),
+              "device": str(mx.default_device()), "git": git_revision(), "seed": config.seed}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"can't write in {run_dir}: {error.strerror}; choose another output_dir") from error
+
+
+def train_command(args):
+    """Train by GRPO (or, as `sft`, on demonstrations): what the configuration says, from one command."""
+    config, sources = load_config(args.config, args.set)
+    find_rewards(config.rewards)                       # a typo is told before the model is loaded
+    run_dir, checkpoint, config = find_run_dir(config, args.resume)
+    train, held_out = load_problems(config)
+    model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
+    options = {"run_dir": run_dir}
+    if args.command == "sft":
+        trainer = SFTTrainer(model, tokenizer, config, train, held_out, **options)
+    else:
+        trainer = MLXGRPOTrainer(model, tokenizer, config.rewards, config, train, held_out, **options)
+    if checkpoint:
+        trainer.load_checkpoint(checkpoint)
+    write_run_config(run_dir, config, sources, args.command)
+    print(f"{config.model_name}: {count_parameters(model) / 1e6:.1f}M parameters, {str(trainer.dtype).split('.')[-1]} on "
+          f"{mx.default_device()} | {len(trainer.train_dataset)} problems, {len(trainer.eval_dataset)} held out | "
+          f"{trainer.total_steps} steps of {config.prompts_per_step} prompts x {config.num_generations} | {run_dir}", flush=True)
+    if not tokenizer.has_chat_template:
+        print("the tokenizer has no chat template: messages are joined as plain text", file=sys.stderr)
+    started = time.perf_counter()
+    trainer.train()
+    print_summary(trainer, time.perf_counter() - started)
+    return 0
+
+
+def count_parameters(model):
+    from mlx_lm.utils import get_total_parameters
+
+    return get_total_parameters(model)
+
+
+def print_summary(trainer, seconds):
+    """What the run did: exact match before and after, one completion of each, and where everything is."""
+    run_dir = trainer.run_dir
+    if trainer.samples:
+        first, last = min(trainer.samples), max(trainer.samples)
+        prompt = trainer.samples[first][0]
+        print("\nprompt: " + (prompt if isinstance(prompt, str) else prompt[-1]["content"]))
+        for name, step in (("before", first), ("after", last)):
+            print(f"{name} (step {step}): {trainer.samples[step][1].strip()}")
+    if trainer.log.run_dir:
+        evaluations = [m for m in read_metrics(run_dir) if "eval/exact_match" in m]
+        if evaluations:
+            print(f"\nexact match on {len(trainer.eval_dataset)} held-out problems: {evaluations[0]['eval/exact_match']:.3f} "
+                  f"(step {evaluations[0]['step']}) -> {evaluations[-1]['eval/exact_match']:.3f} "
+                  f"(step {evaluations[-1]['step']}) in {seconds:.0f} s")
+        (run_dir / "report.md").write_text(run_report(run_dir), encoding="utf-8")
+        print(f"log     {run_dir / 'metrics.jsonl'}, {run_dir / 'completions.jsonl'}\nreport  {run_dir / 'report.md'}")
+    print(f"model   {run_dir / f'checkpoint-{trainer.step_count}'}")
+
+
+def eval_command(args):
+    """Exact match of a model on the held-out problems, as in training."""
+    config, _ = load_config(args.config, args.set)
+    _, held_out = load_problems(config)
+    model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
+    model.update(cast_floats(model.parameters(), compute_dtype(config)))
+    held_out = fitting_problems(held_out, tokenizer, config)
+    if not held_out:
+        raise UserError(f"dataset {config.dataset!r} gives no held-out problems; set eval_split or eval_fraction, eval_samples")
+    scores, texts = evaluate(model, tokenizer, held_out, config)
+    if args.output:
+        rows = [{"prompt": p.prompt, "answer": p.answer, "completion": t, "correct": same_answer(extract_answer(t), p.answer)}
+                for p, t in zip(held_out, texts)]
+        Path(args.output).write_text(json.dumps({"model": config.model_name, **scores, "problems": rows}, indent=2,
+                                                ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{config.model_name}: exact match {scores['exact_match']:.3f} on {len(held_out)} held-out problems, "
+          f"{scores['mean_length']:.0f} tokens on average, {scores['clipped_ratio']:.0%} cut at {config.eval_max_new_tokens}")
+    return 0
+
+
+def rewards_command(args):
+    """The reward functions, with what each gives; the configured ones are marked with their weight."""
+    config, _ = load_config(args.config, args.set)
+    chosen = find_rewards(config.rewards)
+    weights = dict(zip(chosen, config.reward_weights or [1.0] * len(chosen)))
+    for name, function in (REWARDS | chosen).items():
+        used = f"weight {weights[name]:g}" if name in weights else "not used"
+        print(f"{name:16} {used:12} {inspect.getdoc(function) or 'no description'}")
+    return 0
+
+
+def plan_command(args):
+    """Every option with its value and source, the parameters, and what the run will hold in memory."""
+    config, sources = load_config(args.config, args.set)
+    for name, value in asdict(config).items():
+        shown = value if not isinstance(value, str) or len(value) < 60 else value[:57] + "..."
+        print(f"{name:28} {shown!r:44} {sources[name]}")
+    model, _ = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
+    total = count_parameters(model)
+    size = 4 if compute_dtype(config) == mx.float32 else 2
+    rows = {"weights, float32": 4 * total, "weights to compute with": 0 if size == 4 else size * total,
+            "gradients": 4 * total, "moments": 8 * total,
+            "ref_model": size * total if config.kl_coeff else 0,
+            "model_old": (config.rollout_bits / 8 + 4 / config.rollout_group_size) * total if config.quantize_for_rollouts
+            else size * total if config.update_every > 1 else 0,
+            "logits of a pass": 3 * 4 * config.batch_size * config.num_generations * config.max_new_tokens * vocabulary_of(model)}
+    print()
+    for name, n in rows.items():
+        print(f"{name:28} {n / 1e9:8.2f} GB")
+    print(f"{'together':28} {sum(rows.values()) / 1e9:8.2f} GB, without activations and KV cache; {total / 1e6:.1f}M parameters")
+    return 0
+
+
+def vocabulary_of(model):
+    return model(mx.array([[0]])).shape[-1]
+
+
+def read_metrics(run_dir):
+    """The objects of a run's metrics.jsonl. Raises UserError where there is none."""
+    file = Path(run_dir) / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: can't read the metrics of a run: {error}") from error
+
+
+def run_report(run_dir):
+    """A run's metrics as a Markdown table of at most 25 rows."""
+    columns = ["step", "reward", "eval/exact_match", "kl", "entropy", "clip_ratio/region_mean", "completions/mean_length",
+               "loss", "grad_norm", "learning_rate", "step_time"]
+    metrics = read_metrics(run_dir)
+    stride = max(1, len(metrics) // 25)
+    shown = [m for i, m in enumerate(metrics) if i % stride == 0 or i == len(metrics) - 1 or "eval/exact_match" in m]
+    cell = lambda v: "" if v is None else str(v) if isinstance(v, int) else f"{v:.4g}"
+    rows = [" | ".join(cell(m.get(c)) for c in columns) for m in shown]
+    return "\n".join([f"# {run_dir}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
+                      *[f"| {row} |" for row in rows], ""])
+
+
+def report_command(args):
+    """The metrics of a run as a table."""
+    print(run_report(args.run))
+    return 0
+
+
+COMMANDS = {
+    "train": (train_command, "train by GRPO (the default command)"),
+    "sft": (train_command, "supervised warm start on the data's demonstrations"),
+    "eval": (eval_command, "exact match on the held-out problems"),
+    "rewards": (rewards_command, "list and explain the reward functions"),
+    "plan": (plan_command, "options with their sources, parameters and memory"),
+    "report": (report_command, "a run's metrics as a table"),
+}
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(prog="mlx_grpo.py", description="GRPO fine-tuning of language models on MLX.",
+                                     epilog="example: python mlx_grpo.py --config configs/prod.toml --set num_generations=16")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    for name, (function, help) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help, description=inspect.getdoc(function))
+        sub.set_defaults(run=function)
+        if name == "report":
+            sub.add_argument("run", help="a run's directory")
+            continue
+        sub.add_argument("--config", metavar="PATH", help="TOML file (default: $MLX_GRPO_CONFIG, else the defaults)")
+        sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="set one option; may be repeated")
+        if name in ("train", "sft"):
+            sub.add_argument("--resume", nargs="?", const="auto", metavar="auto|PATH",
+                             help="continue from the newest checkpoint of the run, or from a given one")
+        if name == "eval":
+            sub.add_argument("--output", metavar="FILE", help="write scores and completions as JSON")
+    return parser
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
+        argv.insert(0, "train")
+    args = make_parser().parse_args(argv)
+    return args.run(args)
+
+
+def console():
+    """The installed command `mlx-grpo`."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    console()
