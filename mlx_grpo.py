@@ -410,13 +410,18 @@ class TiktokenTokenizerWrapper:
         nanochat.write_tokenizer(self.encoding, directory)
 
 
+def shipped_path(path):
+    """The path as given, or, where there is none, the one beside this file: data/... works from any directory."""
+    return Path(path) if Path(path).exists() or not (HERE / path).exists() else HERE / path
+
+
 def resolve_model(name_or_path):
     """The local directory of a model: itself, or the hub's snapshot of that id. Raises UserError."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from mlx_lm.utils import _download
 
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+    if shipped_path(name_or_path).is_dir():
+        return shipped_path(name_or_path)
     if str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") != 1:
         raise UserError(f"model_name {str(name_or_path)!r}: no such directory, and not a hub id like Qwen/Qwen3-0.6B")
     try:
@@ -615,7 +620,7 @@ def make_problem(row, config, where):
 
 def read_rows(path):
     """[(row, "file:line")] of a .jsonl, .csv or .parquet file. Raises UserError naming file and line."""
-    path = Path(path)
+    path = shipped_path(path)
     try:
         if path.suffix == ".parquet":
             import pyarrow.lib

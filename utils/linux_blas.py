@@ -71,10 +71,14 @@ def build_shim(cache):
 def load_fast_blas():
     """Put a fast BLAS in place for MLX. Returns its name, "" where none is needed, or None (after a line on standard
     error that says what is slow and how to mend it) where there is none."""
-    if sys.platform != "linux" or os.environ.get("MLX_GRPO_BLAS") == "off" or "mlx.core" in sys.modules:
+    if sys.platform != "linux" or os.environ.get("MLX_GRPO_BLAS") == "off":
         return ""
     if any(installed(p) for p in ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")):
         return ""
+    if "mlx.core" in sys.modules:
+        print("mlx_grpo: mlx.core was imported first, so MLX keeps its slow reference BLAS (about 30 times slower in "
+              "float32); import mlx_grpo before mlx", file=sys.stderr)
+        return None
     for library in SYSTEM_LIBRARIES:
         if load_globally(library):
             return library
