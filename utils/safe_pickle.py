@@ -161,6 +161,7 @@ def build_encoding(state, source):
 # ---- model_<step>.pt ------------------------------------------------------------------------------------------------
 
 STORAGE_DTYPES = {"FloatStorage": "float32", "BFloat16Storage": "bfloat16", "HalfStorage": "float16"}
+NUMPY_DTYPES = {"float32": "<f4", "bfloat16": "<u2", "float16": "<f2"}
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -176,13 +177,13 @@ class StoredTensor:
     def nbytes(self):
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
-    def numpy(self, rows=None):
-        """The tensor, or its first `rows` rows, mapped from the file without a copy; bfloat16 as its uint16 bits."""
-        shape = self.shape if rows is None else (rows, *self.shape[1:])
-        kind = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[self.dtype]
-        if math.prod(shape) == 0:
-            return np.zeros(shape, kind)
-        return np.memmap(self.path, dtype=kind, mode="r", offset=self.start, shape=shape)
+    def numpy(self, first=0, last=None):
+        """Rows first:last read from the file; bfloat16 as its uint16 bits."""
+        first, last, _ = slice(first, last).indices(self.shape[0])
+        shape = (max(last - first, 0), *self.shape[1:])
+        kind, row_items = np.dtype(NUMPY_DTYPES[self.dtype]), math.prod(self.shape[1:])
+        data = np.fromfile(self.path, kind, math.prod(shape), offset=self.start + first * row_items * kind.itemsize)
+        return data.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def stored_members(archive, path):
 
 def read_torch_checkpoint(path):
     """name -> StoredTensor of a flat state dict saved with torch.save, in the file's order, without torch and without
-    running anything in it. Data is read only when `StoredTensor.numpy()` maps it.
+    running anything in it. Data is read only by `StoredTensor.numpy()`.
 
     Raises UserError naming the file and the reason: not a zip, a refused global, sizes that don't fit the file."""
     path = Path(path)
