@@ -54,21 +54,24 @@ def save_tiny(directory, family, seed=0, **changes):
     return model
 
 
-def save_tokenizer(directory, chat_template=None):
-    """A byte-level BPE tokenizer of 128 ids beside a tiny model: bytes of ASCII and the special tokens 0-2, with
-    <|im_end|> among the rest."""
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def save_tokenizer(directory, chat_template=None, every_byte=False):
+    """A byte-level tokenizer without merges beside a tiny model: the specials <pad> <s> </s> <|im_end|> <|im_start|> as 0-4,
+    then the printable bytes of ASCII (fewer than 128 ids together), or all 256 bytes. Returns transformers' tokenizer."""
     tokenizers, transformers = require("tokenizers"), require("transformers")
-    specials = ["<pad>", "<s>", "</s>", "<|im_end|>"]
+    specials = ["<pad>", "<s>", "</s>", "<|im_end|>", "<|im_start|>"]
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bytewise = [c for c in alphabet if ord(c) < 127] + ["Ġ", "Ċ"]
-    vocabulary = {token: index for index, token in enumerate(specials + [c for c in bytewise if c not in specials])}
+    alphabet = alphabet if every_byte else [c for c in alphabet if ord(c) < 127] + ["Ġ", "Ċ"]
+    vocabulary = {token: index for index, token in enumerate(specials + alphabet)}
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token=None))
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = tokenizers.decoders.ByteLevel()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                                additional_special_tokens=["<|im_end|>"])
-    if chat_template:
-        fast.chat_template = chat_template
+                                                additional_special_tokens=["<|im_end|>", "<|im_start|>"])
+    fast.chat_template = chat_template
     fast.save_pretrained(directory)
     return fast
 

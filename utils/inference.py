@@ -1,0 +1,194 @@
+"""
+Ask a model: one prompt, a conversation, or a file of prompts.
+
+    python utils/inference.py --model mlx_model --prompt "What is 17 * 23?" --stream
+    python utils/inference.py --model outputs/run/checkpoint-last --chat --system "Answer in one sentence."
+    python utils/inference.py --model mlx_model --batch questions.jsonl --temperature 0 > answers.jsonl
+
+Opens whatever the trainer opens: mlx-lm models, every nanochat generation, checkpoints of our own runs; --adapter adds
+LoRA weights. Answers go to standard output, everything else to standard error.
+"""
+
+import argparse
+import secrets
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # runs from a plain clone, from any directory
+
+from mlx_grpo import UserError, run_command  # noqa: E402
+from mlx_grpo.inference_batch import read_items, run_batch  # noqa: E402
+from mlx_grpo.inference_chat import chat_loop, template_ids  # noqa: E402
+from mlx_grpo.inference_engine import Sampling, Session, model_identity  # noqa: E402
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+def open_model(name, adapter=None, quantize=None, trust_remote_code=False):
+    """(model, tokenizer), with an adapter's weights and quantised to `quantize` bits where asked for. Raises UserError."""
+    from mlx_grpo import load_model
+    model, tokenizer = load_model(name, trust_remote_code=trust_remote_code)
+    if quantize and adapter and adapter_kind(adapter) == "full":
+        add_adapter(model, adapter)         # whole weights, so they come before they are quantised
+        adapter = None
+    if quantize:
+        quantize_matrices(model, quantize)
+    if adapter:
+        add_adapter(model, adapter)
+    mx.eval(model.parameters())
+    model.eval()
+    return model, tokenizer
+
+
+def adapter_kind(path):
+    """"lora", "dora" or "full", as the adapter's config says. Raises UserError where there is none."""
+    from mlx_grpo.checked_load import read_json
+    config = Path(path) / "adapter_config.json"
+    if not config.is_file() or not (Path(path) / "adapters.safetensors").is_file():
+        raise UserError(f"--adapter {path} needs adapter_config.json and adapters.safetensors (mlx-lm's format)")
+    return read_json(config).get("fine_tune_type", "lora")
+
+
+def add_adapter(model, path):
+    """Load mlx-lm adapter weights into the model. Raises UserError where they don't belong to it."""
+    from mlx_grpo.checked_load import check_safetensors
+    from mlx_lm.utils import load_adapters
+    adapter_kind(path)
+    check_safetensors(Path(path) / "adapters.safetensors")
+    try:
+        load_adapters(model, str(path))
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--adapter {path} doesn't fit this model: {reason}") from error
+
+
+def quantize_matrices(model, bits):
+    """Quantise in place, in groups of 64, or 32 where the rows ask for it. Raises UserError where nothing can be."""
+    if any(hasattr(module, "bits") for _, module in model.named_modules()):
+        raise UserError(f"--quantize {bits}: the model is quantised already; leave the option away")
+    allowed = getattr(model, "quant_predicate", lambda path, module: True)
+
+    def choose(path, module):
+        if not hasattr(module, "to_quantized") or not allowed(path, module):
+            return False
+        return next(({"group_size": size, "bits": bits} for size in (64, 32) if module.weight.shape[-1] % size == 0), False)
+
+    nn.quantize(model, 64, bits, class_predicate=choose)
+    if not any(hasattr(module, "bits") for _, module in model.named_modules()):
+        raise UserError(f"--quantize {bits}: no matrix of this model has rows of a multiple of 32; leave the option away")
+
+
+def encoder(tokenizer, system):
+    """A function from a prompt (text, or chat messages) to ids: through the chat template where the model has one."""
+    def encode(prompt):
+        if isinstance(prompt, str) and not system and not tokenizer.has_chat_template:
+            ids = tokenizer.encode(prompt)
+            if not ids:
+                raise UserError("the prompt is empty, and this model's tokenizer puts no start token before it")
+            return ids
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        return template_ids(tokenizer, messages)
+    return encode
+
+
+# ---- the three ways --------------------------------------------------------------------------------------------------
+
+def answer_prompt(session, ids, options):
+    """Print the answer to one prompt, piece by piece with --stream."""
+    pieces = session.stream(ids)
+    if options.stream:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    else:
+        print("".join(pieces))
+    if options.verbose:
+        print(session.stats.line(), file=sys.stderr)
+
+
+def answer_file(model, tokenizer, options, sampling):
+    """Answer a file of prompts, a JSON line each, in order."""
+    told = run_batch(model, tokenizer, read_items(options.batch), encoder(tokenizer, options.system), sampling,
+                     options.batch_size, lambda line: print(line, flush=True))
+    if options.verbose:
+        print(told, file=sys.stderr)
+
+
+def with_prompt_cache(session, options, work):
+    """Do `work` with the session's cache taken from --prompt-cache where that file exists, and written to it after."""
+    if not options.prompt_cache:
+        return work()
+    identity = model_identity(session.model.source_path, *[options.adapter] * bool(options.adapter), bits=options.quantize)
+    if Path(options.prompt_cache).exists():
+        session.load(options.prompt_cache, identity)
+    work()
+    if session.cached:
+        session.save(options.prompt_cache, identity)
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--prompt", help="one prompt; - reads it from standard input")
+    way.add_argument("--chat", action="store_true", help="a conversation in the terminal, always streamed")
+    way.add_argument("--batch", metavar="FILE", help='a prompt a line, or JSON lines with "prompt" or "messages"')
+    parser.add_argument("--model", default="mlx_model", help="directory or hub id (default mlx_model)")
+    parser.add_argument("--adapter", metavar="DIR", help="mlx-lm adapter to add (LoRA, DoRA or full)")
+    parser.add_argument("--quantize", type=int, choices=(2, 3, 4, 6, 8), metavar="BITS", help="quantise the matrices at load")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let Python files of the model run on this machine")
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--max-tokens", type=int, default=512, help="tokens to generate at most (default 512)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling, 1 for none (default 0.95)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="over all tokens so far, 1 for none (default 1)")
+    parser.add_argument("--seed", type=int, help="for the same samples again (default: a new one)")
+    parser.add_argument("--stream", action="store_true", help="print the answer to --prompt as it comes")
+    parser.add_argument("--batch-size", type=int, default=32, help="prompts decoded together with --batch (default 32)")
+    parser.add_argument("--prompt-cache", metavar="FILE", help="keep the KV cache in this .safetensors file between calls")
+    parser.add_argument("--verbose", action="store_true", help="speeds, latencies and memory on standard error")
+    options = parser.parse_args(arguments)
+    if options.batch and (options.stream or options.prompt_cache):
+        name = "--stream" if options.stream else "--prompt-cache"
+        raise UserError(f"{name} is for --prompt and --chat; --batch writes whole answers, in order")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size} must be at least 1")
+    if options.prompt_cache and not options.prompt_cache.endswith(".safetensors"):
+        raise UserError(f"--prompt-cache {options.prompt_cache} must end in .safetensors")
+    if options.seed is not None and not 0 <= options.seed < 1 << 64:
+        raise UserError(f"--seed {options.seed} must be at least 0 and below 2^64")
+    return options
+
+
+def main():
+    options = parse()
+    sampling = Sampling(options.temperature, options.top_p, options.repetition_penalty, options.max_tokens)
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    mx.random.seed(seed)
+    model, tokenizer = open_model(options.model, options.adapter, options.quantize, options.trust_remote_code)
+    if options.verbose:
+        print(f"seed {seed}", file=sys.stderr)
+    try:
+        if options.batch:
+            answer_file(model, tokenizer, options, sampling)
+            return 0
+        session = Session(model, tokenizer, sampling)
+        if options.chat:
+            with_prompt_cache(session, options, lambda: chat_loop(
+                model, tokenizer, sampling, options.system, options.verbose, session))
+        else:
+            prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+            ids = encoder(tokenizer, options.system)(prompt)
+            with_prompt_cache(session, options, lambda: answer_prompt(session, ids, options))
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,118 @@
+"""A conversation in the terminal. The KV cache keeps what has been said: a turn costs its own tokens only."""
+
+import json
+import sys
+from pathlib import Path
+
+from mlx_grpo import UserError
+from mlx_grpo.inference_engine import Session
+
+HELP = "clear: forget the conversation   /save FILE: write it   quit, exit or q (or Ctrl-D, Ctrl-C): leave"
+
+
+def template_ids(tokenizer, messages, add_generation_prompt=True):
+    """The token ids of chat messages. Raises UserError where the model has no chat template or it refuses them."""
+    rendered = render(tokenizer, messages, add_generation_prompt, tokenize=True)
+    return [int(token) for token in rendered]
+
+
+def render(tokenizer, messages, add_generation_prompt, tokenize):
+    import jinja2
+    if not tokenizer.has_chat_template:
+        raise UserError("this model has no chat template (a base model, most likely), so there is no --chat or --system with "
+                        "it; use --prompt")
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=tokenize)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the model's chat template refuses this conversation: {error}") from error
+
+
+class Chat:
+    """Messages, and the ids that the model really saw and said. What was sampled is never encoded again, so the cache
+    holds even where the tokenizer would split a reply otherwise."""
+
+    def __init__(self, session, system=None):
+        self.session, self.system = session, system
+        self.messages = [{"role": "system", "content": system}] if system else []
+        self.ids = []           # of the conversation so far, the last reply's end token left out
+
+    def clear(self):
+        self.session.reset()
+        Chat.__init__(self, self.session, self.system)
+
+    def prompt_ids(self):
+        """Ids of the conversation up to the reply that is now due."""
+        tokenizer, last = self.session.tokenizer, len(self.messages) - 2        # where the last reply is
+        if not self.ids:
+            return template_ids(tokenizer, self.messages)
+        text = lambda messages, due: str(render(tokenizer, messages, due, tokenize=False))
+        emptied = [*self.messages[:last], {"role": "assistant", "content": ""}, self.messages[-1]]
+        before, empty, full = text(self.messages[:last], True), text(emptied, True), text(self.messages, True)
+        before_ids, empty_ids = template_ids(tokenizer, self.messages[:last]), template_ids(tokenizer, emptied)
+        reply = self.messages[last]["content"]
+        as_it_was = empty.startswith(before) and full == before + reply + empty[len(before):]
+        if as_it_was and empty_ids[:len(before_ids)] == before_ids:
+            return self.ids + empty_ids[len(before_ids):]
+        return template_ids(tokenizer, self.messages)   # the template changes earlier replies (drops their reasoning, say)
+
+    def say(self, text):
+        """Add the user's message; yields the reply piece by piece and adds it. A message that fails is taken back."""
+        self.messages.append({"role": "user", "content": text})
+        reply = []
+        try:
+            prompt = self.prompt_ids()
+            for piece in self.session.stream(prompt):
+                reply.append(piece)
+                yield piece
+        except UserError:
+            self.messages.pop()
+            raise
+        sampled = self.session.sampled
+        ended = bool(sampled) and sampled[-1] in self.session.tokenizer.eos_token_ids
+        self.ids = prompt + (sampled[:-1] if ended else sampled)
+        self.messages.append({"role": "assistant", "content": "".join(reply)})
+
+    def save(self, path):
+        """Write the messages as one JSON line, as chat datasets have them. Raises UserError."""
+        if not path:
+            raise UserError("/save needs a file: /save talk.jsonl")
+        try:
+            Path(path).expanduser().write_text(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"/save {path}: {error.strerror}") from error
+
+
+def chat_loop(model, tokenizer, sampling, system=None, verbose=False, session=None):
+    """Talk until the user leaves. Errors of the user's are told and the talk goes on."""
+    chat = Chat(session or Session(model, tokenizer, sampling), system)
+    if system or not tokenizer.has_chat_template:
+        template_ids(tokenizer, [*chat.messages, {"role": "user", "content": "hello"}])    # refuse before the first question
+    print(HELP)
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line in ("quit", "exit", "q"):
+            return
+        if not line:
+            continue
+        try:
+            if line == "clear":
+                chat.clear()
+                print("(cleared)")
+            elif line.split()[0] == "/save":
+                chat.save(line[len("/save"):].strip())
+                print(f"(saved {len(chat.messages)} messages)")
+            else:
+                for piece in chat.say(line):
+                    print(piece, end="", flush=True)
+                print(flush=True)
+                if verbose:
+                    print(chat.session.stats.line(), file=sys.stderr)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print()
+            return
