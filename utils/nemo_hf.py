@@ -13,10 +13,13 @@ import math
 from pathlib import Path
 
 from mlx_grpo import UserError
+from mlx_grpo.files import check_free_space
+from mlx_grpo.hub_files import hub_trouble
 from mlx_grpo.nemo_files import Folder
 from mlx_grpo.nemo_pickle import TensorRef, TorchZip, View, fill, tensor_bytes
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PATTERNS = ["*.json", "*.jinja", "*.txt", "model*.safetensors", "pytorch_model*.bin", "*.model"]
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
                    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "spiece.model", "tekken.json")
@@ -30,20 +33,20 @@ def fetch(source):
         return Path(name)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise UserError(f"{source}: no such directory, and not a Hub id of the form org/name")
-    import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import DryRunError, HFValidationError, HTTPError
     try:
-        files = huggingface_hub.list_repo_files(name)
-        weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "pytorch_model*.bin"
-        patterns = [weights, "*.index.json", "config.json", "generation_config.json", *TOKENIZER_FILES]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except errors.GatedRepoError as error:
-        raise UserError(f"{name} is gated: accept its licence at https://huggingface.co/{name}, then log in with `hf auth login` "
-                        "or set HF_TOKEN") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(f"{name} doesn't exist on the Hub, or is private: check the name, or log in with `hf auth login`") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
-        raise UserError(f"{name} can't be downloaded ({type(error).__name__}); check the connection, or give a local directory") from error
+        try:
+            files = [file for file in snapshot_download(name, allow_patterns=PATTERNS, dry_run=True)]
+            safe = any(file.filename.endswith(".safetensors") for file in files)
+            patterns = [p for p in PATTERNS if not (safe and p.endswith(".bin"))]
+            wanted = [file for file in files if not (safe and file.filename.endswith(".bin"))]
+            check_free_space(constants.HF_HUB_CACHE, sum(f.file_size or 0 for f in wanted if f.will_download), f"downloading {name}")
+        except DryRunError:                # the hub can't be reached: what is cached will do
+            patterns = PATTERNS
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HFValidationError, HTTPError, OSError) as error:
+        raise UserError(f"{name}: {hub_trouble(error)}") from error
 
 
 def read_header(path):

@@ -1,13 +1,13 @@
 """
 Reading torch's files without running what is in them.
 
-A checkpoint's pickles may name any function; here each name is looked up in a short list and everything else is refused.
-Nothing is imported or built for a file: its classes become inert records, its tensors become TensorRef (where the bytes lie),
-and sizes are checked against the file before memory is taken.
+A checkpoint's pickles may name any function; here each name is looked up in a short list and everything else is refused, on
+the pickle machine of safe_pickle.py. Nothing is imported or built for a file: its classes become inert records, its tensors
+become TensorRef (where the bytes lie), and sizes are checked against the file before memory is taken.
 
-    read_pickle(data, METADATA_NAMES, what)   the `.metadata` of a torch_dist checkpoint
-    TorchZip(view, what).value                what torch.save wrote, with TensorRef in place of tensors
-    TorchZip(view, what).read(ref, ...)       a box of one tensor, only its bytes read where they lie together
+    read_pickle(data, metadata_names(), what)   the `.metadata` of a torch_dist checkpoint
+    TorchZip(view, what).value                  what torch.save wrote, with TensorRef in place of tensors
+    TorchZip(view, what).read(ref, ...)         a box of one tensor, only its bytes read where they lie together
 """
 
 import io
@@ -18,10 +18,7 @@ import zipfile
 from dataclasses import dataclass
 
 from mlx_grpo import UserError
-
-PICKLE_ERRORS = (pickle.UnpicklingError, EOFError, AttributeError, ValueError, KeyError, TypeError, IndexError, MemoryError,
-                 OverflowError, RecursionError, struct.error)   # what a damaged or hostile pickle can make `load` raise
-
+from mlx_grpo.safe_pickle import Refusing
 
 class View(io.RawIOBase):
     """Bytes [start, start + length) of an open binary file, as a read-only file of their own."""
@@ -56,15 +53,9 @@ class Record:
     def __init__(self, *args):
         self.args, self.state = args, None
 
-    def __setstate__(self, state):
-        self.state = state
-
 
 class Table(dict):
     """A dict that takes no attributes (an OrderedDict's pickled `_metadata` is dropped)."""
-
-    def __setstate__(self, state):
-        pass
 
 
 def record(name):
@@ -84,7 +75,10 @@ class TensorRef:
 
 def rebuild_tensor(storage, offset, size, stride, *_):
     """torch._utils._rebuild_tensor_v2, checked: a box outside its storage raises ValueError."""
+    import torch
     dtype, key, numel = storage
+    if type(dtype) is not torch.dtype:
+        raise ValueError("a storage of no known dtype")
     size, stride = tuple(size), tuple(stride)
     if not all(type(n) is int and n >= 0 for n in (numel, offset, *size, *stride)) or len(size) != len(stride):
         raise ValueError("tensor sizes aren't whole numbers")
@@ -94,7 +88,8 @@ def rebuild_tensor(storage, offset, size, stride, *_):
     return TensorRef(dtype, str(key), numel, offset, size, stride)
 
 
-def float_dtypes():
+def storage_dtypes():
+    """torch's storage classes, as torch.save names them, and their dtypes."""
     import torch
     return {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16,
             "DoubleStorage": torch.float64, "IntStorage": torch.int32, "LongStorage": torch.int64, "ShortStorage": torch.int16,
@@ -103,7 +98,7 @@ def float_dtypes():
 
 def tensor_names():
     """The globals of a torch.save file that are accepted; BytesIO is how TransformerEngine 1.x kept its state (unread)."""
-    names = {("torch", name): dtype for name, dtype in float_dtypes().items()}
+    names = {("torch", name): dtype for name, dtype in storage_dtypes().items()}
     names |= {("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor, ("collections", "OrderedDict"): Table,
               ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
               ("_io", "BytesIO"): record("BytesIO"), ("_codecs", "encode"): record("encode"), ("torch", "Size"): record("Size")}
@@ -129,33 +124,37 @@ def metadata_names():
     return names
 
 
-class Reader(pickle.Unpickler):
-    """An unpickler that knows only the given (module, name) pairs and the storages of a torch.save zip."""
+class Reader(Refusing):
+    """A pickle machine that knows only the given (module, name) pairs and the storages of a torch.save zip."""
+    kind = "checkpoint"
 
     def __init__(self, data, names):
         super().__init__(io.BytesIO(data))
-        self.names = names
+        self.known = names
 
-    def find_class(self, module, name):
-        if (module, name) not in self.names:
-            raise UserError(f"it names {module}.{name}, which no checkpoint needs; it may be malicious and was not run")
-        return self.names[module, name]
+    def set_items(self, values):
+        """Keys are names, numbers or the index's records: hashing a cleverly nested tuple would take forever."""
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            if not (type(key) in (str, int) or isinstance(key, Record)) or not isinstance(self.stack[-1], dict):
+                raise pickle.UnpicklingError(f"a {type(key).__name__} as key of a {type(self.stack[-1]).__name__}")
+            dict.__setitem__(self.stack[-1], key, value)
 
-    def persistent_load(self, pid):
-        kind, dtype, key, _, numel = pid
+    def set_state(self, target, state):
+        if isinstance(target, Record):
+            target.state = state
+        elif type(target) is not Table:
+            raise pickle.UnpicklingError(f"a state for {type(target).__name__}")
+
+    def persistent_load(self, key):
+        kind, dtype, name, _, numel = key
         if kind != "storage":
-            raise pickle.UnpicklingError("unknown persistent id")
-        return dtype, key, numel
+            raise pickle.UnpicklingError("a reference to something other than a storage")
+        return dtype, name, numel
 
 
 def read_pickle(data, names, what):
     """The value of the pickle `data` (bytes), built from `names` alone. Raises UserError for anything else, naming `what`."""
-    try:
-        return Reader(data, names).load()
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from None
-    except PICKLE_ERRORS as error:
-        raise UserError(f"{what} is damaged: its pickle can't be read ({type(error).__name__}: {error})") from error
+    return Reader(data, names).read_one(what)
 
 
 class TorchZip:

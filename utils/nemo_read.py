@@ -132,7 +132,8 @@ def finish(checkpoint):
     """Notes and the training step, from what the store found."""
     store = checkpoint.store
     if store.skipped:
-        checkpoint.notes.append(f"{len(store.skipped)} entries of the optimizer and the run's state are not part of the model and were left out")
+        checkpoint.notes.append(f"left out, not part of the model: {len(store.skipped)} of the run's own entries (optimizer, random "
+                                f"states), {store.skipped[0]} for one")
     if store.fp8:
         checkpoint.notes.append(f"{len(store.fp8)} FP8 state objects were left out, {store.fp8[0]} for one")
     checkpoint.step = training_step(store.folder)
