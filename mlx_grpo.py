@@ -180,15 +180,27 @@ class MLXGRPOConfig:
     eval_temperature: float = opt(0.0, "0 = greedy", low=0)
 
     def __post_init__(self):
-        """Rules that span options. Raises ConfigError."""
+        """Every value against its field, then the rules that span options. Raises ConfigError."""
+        for name in OPTIONS:
+            object.__setattr__(self, name, check_option(name, vars(self)[name], "MLXGRPOConfig"))
+        for name in ("model_name", "output_dir", "run_name", "dataset", "prompt_column", "dataset_split", "rewards"):
+            if not vars(self)[name]:
+                raise ConfigError(f"{name} is empty; the default is {vars(MLXGRPOConfig).get(name) or ['correctness']!r}")
+        if Path(self.run_name).is_absolute() or ".." in Path(self.run_name).parts:
+            raise ConfigError(f"run_name is {self.run_name!r}, which leaves output_dir; name the place in output_dir")
         if self.max_new_tokens > self.max_completion_length:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens} but max_completion_length is "
                               f"{self.max_completion_length}; lower the first or raise the second")
         if self.reward_weights and len(self.reward_weights) != len(self.rewards):
             raise ConfigError(f"reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} rewards; "
                               "give one each, or none")
-        if not self.rewards:
-            raise ConfigError('rewards is empty; name at least one, rewards = ["correctness"] for instance')
+        if self.reward_weights and not any(self.reward_weights):
+            raise ConfigError("reward_weights are all 0, so every advantage would be 0; weigh at least one reward")
+        if -1 < self.clip_eps_high < 0:
+            raise ConfigError(f"clip_eps_high is {self.clip_eps_high}; use -1 for the same as clip_eps, or at least 0")
+        if self.dataset_options and not self.dataset.startswith("synthetic:"):
+            raise ConfigError(f"dataset_options are for synthetic tasks, and dataset is {self.dataset!r}; remove them, or "
+                              "use dataset = \"synthetic:chain\"")
 
     @property
     def prompts_per_step(self):
@@ -208,13 +220,22 @@ OTHER_NAMES = {  # what TRL, verl, mlx-lm-lora and mlx-lm call the same thing
     "dataset_name": "dataset", "train_type": "fine_tune_type", "reward_funcs": "rewards", "reward_functions": "rewards",
     "steps_per_report": "logging_steps", "steps_per_eval": "eval_steps", "save_every": "save_steps", "save_freq": "save_steps",
     "test_freq": "eval_steps", "grad_clip": "max_grad_norm", "lr_schedule": "lr_scheduler_type", "loss_agg_mode": "loss_type",
-    "grpo_loss_type": "loss_type", "torch_dtype": "dtype",
+    "grpo_loss_type": "loss_type", "torch_dtype": "dtype", "bf16": "dtype", "fp16": "dtype", "torch_compile": "use_compile",
     "optim_beta1": "adam_beta1", "optim_beta2": "adam_beta2", "norm_adv_by_std_in_grpo": "scale_rewards",
     "mask_truncated": "mask_truncated_completions", "max_tokens": "max_new_tokens",
-    "max_seq_length": "max_prompt_length",
+    "max_seq_length": "max_prompt_length", "epsilon_low": "clip_eps", "clip_ratio_low": "clip_eps",
+    "use_bias_correction_kl": "kl_estimator", "kl_loss_type": "kl_estimator", "warmup_steps": "warmup_ratio",
+    "lr_warmup_steps_ratio": "warmup_ratio", "shuffle_dataset": "shuffle", "data_seed": "seed",
+    "log_completions": "log_jsonl", "steps_per_generation": "update_every", "ref_model_sync_steps": "update_every",
+    "train_files": "dataset", "prompt_key": "prompt_column", "experiment_name": "run_name", "run_id": "run_name",
+    "default_local_dir": "output_dir", "adapter_path": "output_dir", "val_batches": "eval_samples",
+    "dataset_train_split": "dataset_split", "dataset_test_split": "eval_split", "max_grad_value": "max_grad_norm",
 }
-KINDS = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list, "list[float]": list, "dict": dict,
-         "bool | str": (bool, str)}
+KINDS = {  # annotation -> (types, in words)
+    "str": (str, "a text"), "int": (int, "a whole number"), "float": (float, "a number"), "bool": (bool, "true or false"),
+    "list[str]": (list, 'a list of texts, ["a", "b"]'), "list[float]": (list, "a list of numbers, [1.0, 0.5]"),
+    "dict": (dict, "a table, { name = value }"), "bool | str": ((bool, str), "true, false or a text"),
+}
 
 
 def nearest(name, known):
@@ -226,20 +247,22 @@ def nearest(name, known):
 def check_option(name, value, source):
     """One option from TOML, --set or Python against its field; returns the value. Raises ConfigError naming `source`."""
     if name not in OPTIONS:
-        ours = OTHER_NAMES.get(name)
+        ours = OTHER_NAMES.get(name.rpartition(".")[2])      # verl's are dotted: actor_rollout_ref.actor.clip_ratio
         hint = f"; here it is called {ours!r}" if ours in OPTIONS else nearest(name, OPTIONS)
-        raise ConfigError(f"{source}: unknown option {name!r}{hint}")
+        raise ConfigError(f"{source}: unknown option {name!r}{hint or '; `plan` lists them all'}")
     kind, rule = OPTIONS[name].type, OPTIONS[name].metadata
+    types, words = KINDS[kind]
     if kind in ("float", "list[float]"):
-        as_float = lambda v: float(v) if type(v) is int else v
+        as_float = lambda v: float(v) if type(v) is int and abs(v) < 2**1000 else v
         value = [as_float(v) for v in value] if isinstance(value, list) else as_float(value)
-    wrong = not isinstance(value, KINDS[kind]) or (type(value) is bool and "bool" not in kind)
-    wrong = wrong or (kind.startswith("list") and any(type(v) is not KINDS[kind[5:-1]] for v in value))
+    wrong = not isinstance(value, types) or (type(value) is bool and "bool" not in kind)
+    wrong = wrong or (kind.startswith("list") and any(type(v) is not KINDS[kind[5:-1]][0] for v in value))
     if wrong:
-        raise ConfigError(f"{source}: {name} must be {kind}, got {value!r}")
+        raise ConfigError(f"{source}: {name} must be {words}, got {value!r}")
     if rule["choices"] and value not in rule["choices"]:
+        known = [v if isinstance(v, str) else json.dumps(v) for v in rule["choices"]]
         raise ConfigError(f"{source}: {name} must be one of {', '.join(map(json.dumps, rule['choices']))}, got {value!r}"
-                          + nearest(value, rule["choices"]))
+                          + nearest(value, known))
     for v in value if isinstance(value, list) else [value]:
         if isinstance(v, float) and not math.isfinite(v):
             raise ConfigError(f"{source}: {name} must be finite, got {v}")
@@ -254,14 +277,15 @@ def parse_set(text):
     """("key", value) of one --set key=value; the value is TOML, or plain text where it isn't. Raises ConfigError."""
     key, equals, raw = text.partition("=")
     key = key.strip()
-    if not equals:
+    if not equals or not key:
         raise ConfigError(f"--set {text}: expected key=value")
     if key in OPTIONS and OPTIONS[key].type == "str" and not raw.strip().startswith(('"', "'")):
         return key, raw
     try:
-        return key, tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {raw}")
+    except ValueError:
         return key, raw
+    return key, parsed["value"] if len(parsed) == 1 else raw
 
 
 def load_config(path=None, sets=()):
@@ -269,6 +293,7 @@ def load_config(path=None, sets=()):
 
     path: a file, else $MLX_GRPO_CONFIG, else none. sources: option -> "default", the file's name, or "--set".
     Raises ConfigError, naming the source, for a file that can't be read and for any bad option."""
+    remedy = "check --config" if path else "check $MLX_GRPO_CONFIG"
     path = path or os.environ.get("MLX_GRPO_CONFIG")
     values, sources = {}, dict.fromkeys(OPTIONS, "default")
     if path:
@@ -276,9 +301,9 @@ def load_config(path=None, sets=()):
             with open(path, "rb") as file:
                 table = tomllib.load(file)
         except OSError as error:
-            raise ConfigError(f"{path}: can't read the configuration: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not TOML: {error}") from error
+            raise ConfigError(f"{path}: can't read the configuration: {error.strerror}; {remedy}") from error
+        except ValueError as error:      # TOML's own errors, and text that is not UTF-8
+            raise ConfigError(f"{path}: not TOML: {error}; {remedy}") from error
         if isinstance(table.get("mlx_grpo"), dict):
             if others := [k for k in table if k != "mlx_grpo"]:
                 raise ConfigError(f"{path}: {others[0]!r} stands outside the table [mlx_grpo]; move it inside")
@@ -290,8 +315,9 @@ def load_config(path=None, sets=()):
         values[name], sources[name] = check_option(name, value, f"--set {text}"), "--set"
     try:
         return MLXGRPOConfig(**values), sources
-    except ConfigError as error:
-        raise ConfigError(f"{path or '--set'}: {error}") from error
+    except ConfigError as error:         # options that contradict each other: say where those that it names come from
+        origins = [sources[name] for name in OPTIONS if re.search(rf"\b{name}\b", str(error))]
+        raise ConfigError(f"{' and '.join(dict.fromkeys(o for o in origins if o != 'default'))}: {error}") from error
 
 
 def load_symbol(spec, what):
@@ -303,7 +329,10 @@ def load_symbol(spec, what):
     module_spec = importlib.util.spec_from_file_location(f"user_{file.stem}", file)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module     # dataclasses and pickles of the user's file look themselves up there
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:                 # the user's code may raise anything
+        raise ConfigError(f"{what} {spec!r}: running {file} raised {type(error).__name__}: {error}") from error
     if name not in vars(module):
         raise ConfigError(f"{what} {spec!r}: {file} defines no {name!r}{nearest(name, vars(module))}")
     return vars(module)[name]
