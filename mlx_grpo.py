@@ -25,6 +25,7 @@ import copy
 import csv
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -614,8 +615,8 @@ def extract_hash_answer(text: str) -> str | None:
 
 def extract_xml_answer(text: str) -> str | None:
     """The text of the last <answer>...</answer>, stripped; None without such a pair."""
-    found = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    return found[-1].strip() if found else None
+    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))      # the last one that is closed
+    return text[start + len("<answer>"):text.find("</answer>", start)].strip() if start >= 0 else None
 
 
 def worked_solution(answer_text):
@@ -627,17 +628,22 @@ def worked_solution(answer_text):
 
 def make_problem(row, config, where):
     """A Problem from one row (a dictionary). Raises UserError naming `where` and the missing column."""
-    for column in (config.prompt_column, config.solution_column):
+    for option in ("prompt_column", "answer_column", "solution_column"):
+        column = vars(config)[option]
         if column and row.get(column) in (None, "", []):
-            raise UserError(f"{where}: no {column!r} (the row has {', '.join(map(repr, row)) or 'nothing'}); "
-                            "set prompt_column, answer_column or solution_column, or mend the row")
+            raise UserError(f"{where}: no {column!r} (the row has {', '.join(map(repr, row)) or 'nothing'}); mend the row, or "
+                            f"set {option} to the right column" + ' ("" = no gold answers)' * (option == "answer_column"))
     prompt, answer = row[config.prompt_column], row.get(config.answer_column)
     if isinstance(prompt, list):
-        if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
-            raise UserError(f"{where}: {config.prompt_column!r} is a list, so each item must have a role and a content")
+        if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                   for m in prompt):
+            raise UserError(f"{where}: {config.prompt_column!r} is a list, so each item must have a role and a content, both "
+                            "text")
         prompt = [{"role": m["role"], "content": m["content"]} for m in prompt]
+    elif isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
     else:
-        prompt = [{"role": "user", "content": str(prompt)}]
+        raise UserError(f"{where}: {config.prompt_column!r} must be text or a list of chat messages, got {prompt!r}")
     if config.system_prompt and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
     text = None if answer is None else str(answer)
@@ -660,17 +666,26 @@ def read_rows(path):
             except pyarrow.lib.ArrowInvalid as error:
                 raise UserError(f"{path}: not a parquet file: {error}") from error
             return [(row, f"{path} row {i + 1}") for i, row in enumerate(table.to_pylist())]
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't read the data: {error}") from error
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: can't read the data: {error.strerror or error}; check dataset") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error}") from error
     if path.suffix == ".csv":
-        reader = csv.DictReader(lines, strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows, line = [], 2
         try:
-            return [(row, f"{path}:{reader.line_num}") for row in reader]
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(f"{path}:{line}: the row has not as many fields as the header "
+                                    f"({len(reader.fieldnames)}); quote fields that hold a comma")
+                rows.append((row, f"{path}:{line}"))
+                line = reader.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+            raise UserError(f"{path}:{line}: not CSV: {error}") from error
+        return rows
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):       # not splitlines: JSON text may hold other line separators
         if line.strip():
             try:
                 row = json.loads(line)
@@ -685,13 +700,15 @@ def read_rows(path):
 def hub_rows(name, config_name, split):
     """Rows of one split of a data set of the hub, or of a local directory in its layout. Raises UserError."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         data = load_dataset(name, config_name or None, split=split)
-    except (ConnectionError, FileNotFoundError, ValueError) as error:
+    except (ConnectionError, FileNotFoundError, ValueError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"dataset {name!r} (config {config_name!r}, split {split!r}): {reason}; check dataset, "
-                        "dataset_config and the splits, or name a local .jsonl, .csv or .parquet file") from error
+        raise UserError(f"dataset {name!r} (dataset_config {config_name!r}, split {split!r}): {reason}; check these names "
+                        '(dataset_config = "" is its default, eval_split = "" holds out a share of the rows), or name a local '
+                        ".jsonl, .csv or .parquet file") from error
     return [(dict(row), f"{name} {split} row {i}") for i, row in enumerate(data)]
 
 
@@ -710,13 +727,12 @@ def load_problems(config):
         rows = [(row, f"{name} row {i}") for i, row in enumerate(made)]
         rows, held_out = rows[:count], rows[count:]
     elif Path(name).suffix in (".jsonl", ".csv", ".parquet"):
-        rows = read_rows(name)
+        rows = read_rows(shipped_path(name))
     else:
+        name = str(shipped_path(name))
         rows = hub_rows(name, config.dataset_config, config.dataset_split)
         if config.eval_split and config.eval_samples:
             held_out = hub_rows(name, config.dataset_config, config.eval_split)
-    if config.dataset_options and not name.startswith("synthetic:"):
-        raise ConfigError(f"dataset_options are for synthetic tasks, and dataset is {name!r}; remove them")
     if not held_out and config.eval_samples and config.eval_fraction:
         chosen = set(order.sample(range(len(rows)), int(len(rows) * config.eval_fraction)))
         rows, held_out = [r for i, r in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
