@@ -21,6 +21,7 @@ never encoded back.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import copy
 import csv
 import importlib.util
@@ -34,6 +35,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from fractions import Fraction
@@ -727,7 +729,7 @@ def load_problems(config):
         rows = [(row, f"{name} row {i}") for i, row in enumerate(made)]
         rows, held_out = rows[:count], rows[count:]
     elif Path(name).suffix in (".jsonl", ".csv", ".parquet"):
-        rows = read_rows(shipped_path(name))
+        rows = read_rows(name)
     else:
         name = str(shipped_path(name))
         rows = hub_rows(name, config.dataset_config, config.dataset_split)
@@ -784,8 +786,8 @@ def extract_answer(text):
 
 def as_number(text):
     """"$1,000.50" -> Fraction; None for what isn't one number (a sign, digits, grouping commas, a fraction, %)."""
-    text = text.strip().lstrip("$").rstrip("%.").strip()
-    if not re.fullmatch(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?(/\d+)?", text) or len(text) > 64:
+    text = text.strip().lstrip("$").rstrip("%.").strip().replace("\u2212", "-")       # the typographic minus
+    if len(text) > 64 or not re.fullmatch(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?(/\d+)?", text):
         return None
     try:
         return Fraction(text.replace(",", ""))
@@ -846,10 +848,14 @@ REWARDS = {
 
 
 def find_rewards(specs):
-    """{name: function} of the names in REWARDS, "file.py:function" specs, or callables. Raises ConfigError."""
+    """{name: function} of the names in REWARDS, "file.py:function" specs, or callables; such a dictionary is returned as
+    it is. Raises ConfigError."""
+    if isinstance(specs, dict):
+        return specs
     found = {}
     for spec in specs:
-        name = spec.__name__ if callable(spec) else spec.rpartition(":")[2].removesuffix("_reward_func")
+        name = spec if isinstance(spec, str) else getattr(spec, "__name__", type(spec).__name__)   # partials have none
+        name = name.rpartition(":")[2].removesuffix("_reward_func")
         if not callable(spec) and ":" not in spec and name not in REWARDS:
             raise ConfigError(f"rewards: there is no {spec!r}{nearest(spec, REWARDS)} (known: {', '.join(REWARDS)}; "
                               "your own: file.py:function)")
@@ -857,13 +863,49 @@ def find_rewards(specs):
             raise ConfigError(f"rewards: {name!r} is named twice; remove one")
         function = spec if callable(spec) else load_symbol(spec, "reward") if ":" in spec else REWARDS[name]
         if not callable(function):
-            raise ConfigError(f"rewards: {spec!r} is not a function")
+            raise ConfigError(f"rewards: {spec!r} is a {type(function).__name__}, not a function")
         found[name] = function
     return found
 
 
 class RewardError(UserError):
     """A reward function raised, or returned something that is not one finite number or None for each completion."""
+
+
+COMPLETION_COLUMNS = ("step", "prompt", "answer", "completion", "rewards", "reward", "advantage", "length", "ended")
+
+
+def call_reward(function, given):
+    """(values, extras, metrics) of one call. extras: column -> what log_extra gave, metrics: name -> list of what
+    log_metric gave. A coroutine function is awaited, in a thread, as the caller may have an event loop of its own."""
+    extras, metrics = {}, {}
+
+    def log_extra(column, values):
+        if column in COMPLETION_COLUMNS:
+            raise ValueError(f"log_extra can't replace the column {column!r}; use another name")
+        values = [v.item() if isinstance(v, (np.generic, mx.array)) else v for v in values]
+        json.dumps(values)                                # a value that can't be logged is an error of the function
+        extras[column] = values
+
+    logs = {"log_extra": log_extra, "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value))}
+    values = function(**{name: logs.get(name, value) for name, value in given.items()})
+    if inspect.iscoroutine(values):
+        with ThreadPoolExecutor(1) as pool:
+            values = pool.submit(asyncio.run, values).result()
+    return list(values), extras, metrics
+
+
+def row_of(given, i):
+    """The arguments for row i alone."""
+    return {name: [value[i]] if isinstance(value, list) else value for name, value in given.items()}
+
+
+def finite_number(value):
+    """A reward as a float; None for what isn't a finite number."""
+    try:
+        return float(value) if isinstance(value, (int, float, np.number)) and math.isfinite(value) else None
+    except OverflowError:                                 # an int beyond floats
+        return None
 
 
 class Scorer:
@@ -881,87 +923,107 @@ class Scorer:
 
     def __call__(self, rollouts, trainer_state=None):
         """(scores, extras, metrics): scores (B, number of functions) float64, NaN where a function returned None;
-        extras: column -> B values for completions.jsonl; metrics: name -> number. Raises RewardError."""
+        extras: column -> B values for completions.jsonl; metrics: name -> mean of what was logged. Raises RewardError."""
         rows = [(r.problem, ids, text) for r in rollouts for ids, text in zip(r.completion_ids, r.texts)]
         columns = sorted(set().union(*(p.columns for p, _, _ in rows)))
-        extras, metrics = {}, {}
         arguments = {name: [p.columns.get(name) for p, _, _ in rows] for name in columns} | {
             "prompts": [p.prompt for p, _, _ in rows],
             "completions": [t if isinstance(p.prompt, str) else [{"role": "assistant", "content": t}] for p, _, t in rows],
             "completion_ids": [list(ids) for _, ids, _ in rows],
-            "trainer_state": trainer_state,
-            "log_extra": extras.__setitem__,
-            "log_metric": metrics.__setitem__,
+            "trainer_state": trainer_state, "log_extra": None, "log_metric": None,      # call_reward puts these in
         }
-        scores = np.full((len(rows), len(self.functions)), np.nan)
+        scores, extras, metrics = np.full((len(rows), len(self.functions)), np.nan), {}, {}
         for k, (name, function) in enumerate(self.functions.items()):
-            scores[:, k] = self.score_function(name, function, arguments, rows)
-        for column, values in extras.items():
-            if len(values) != len(rows):
-                raise RewardError(f"log_extra({column!r}) got {len(values)} values for {len(rows)} completions")
+            scores[:, k], logged, numbers = self.score_function(name, function, arguments, rows)
+            for column, values in logged.items():
+                if len(values) != len(rows):
+                    raise RewardError(f"reward {name!r}: log_extra({column!r}) got {len(values)} values for {len(rows)} "
+                                      "completions; give one each")
+            extras |= logged
+            for key, values in numbers.items():
+                metrics.setdefault(key, []).extend(values)
+        metrics = {key: sum(values) / len(values) for key, values in metrics.items()}
         return scores, extras, metrics | ({"reward_errors": self.errors} if self.errors else {})
 
     def score_function(self, name, function, arguments, rows):
-        """One function's column, (B,). What to do about an error is on_error's to say."""
+        """(column (B,), extras, metrics) of one function. What to do about an error is on_error's to say."""
+        given = self.arguments_for(name, function, arguments)
+        try:
+            values, extras, metrics = call_reward(function, given)
+        except Exception as error:                       # the user's code may raise anything
+            reason = f"raised {type(error).__name__}: {error}"
+            if self.on_error == "stop":
+                raise RewardError(f"reward {name!r} {reason}{self.culprit(function, given, rows)}") from error
+            values, extras, metrics = self.score_rows(function, given, len(rows))
+        else:
+            reason = "returned something else than a finite number"
+            if len(values) != len(rows):
+                reason = f"returned {len(values)} values for {len(rows)} completions"
+                if self.on_error == "stop":
+                    raise RewardError(f"reward {name!r} {reason}, the first of them {rows[0][2]!r} to {rows[0][0].prompt!r}; "
+                                      "return one value each")
+                values = [math.nan] * len(rows)
+        column, bad = np.full(len(rows), np.nan), 0
+        for i, value in enumerate(values):
+            number = finite_number(value)
+            if number is not None:
+                column[i] = number
+            elif value is not None:
+                bad += 1
+                if self.on_error == "stop":
+                    raise RewardError(f"reward {name!r} returned {value!r} for the completion {rows[i][2]!r} to "
+                                      f"{rows[i][0].prompt!r}; return a finite number, or None for 'does not apply'")
+        if bad:
+            self.count_errors(bad, name, reason)
+        return column, extras, metrics
+
+    @staticmethod
+    def arguments_for(name, function, arguments):
+        """Those that the function names, or all of them if it has **kwargs. Raises RewardError for an unknown one."""
         parameters = inspect.signature(function).parameters.values()
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        for parameter in needed:
+            if parameter not in arguments:
+                raise RewardError(f"reward {name!r} asks for {parameter!r}, which is no column of the data "
+                                  f"({', '.join(sorted(arguments))}){nearest(parameter, arguments)}")
         wants_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         known = {p.name for p in parameters}
-        missing = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-                   and p.name not in arguments]
-        if missing:
-            raise RewardError(f"reward {name!r} asks for {missing[0]!r}, which is no column of the data "
-                              f"({', '.join(sorted(arguments))})")
-        given = {k: v for k, v in arguments.items() if wants_all or k in known}
-        try:
-            values = list(function(**given))
-        except Exception as error:                       # the user's code may raise anything
-            if self.on_error == "stop":
-                raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}"
-                                  + self.culprit(function, given, rows)) from error
-            values = [self.score_row(function, given, i) for i in range(len(rows))]
-        if len(values) != len(rows):
-            if self.on_error == "stop":
-                raise RewardError(f"reward {name!r} returned {len(values)} values for {len(rows)} completions, "
-                                  f"the first to {rows[0][0].prompt!r}")
-            self.count_errors(len(rows), name)
-            return np.full(len(rows), np.nan)
-        column = np.full(len(rows), np.nan)
-        for i, value in enumerate(values):
-            if value is None:
+        return {name: value for name, value in arguments.items() if wants_all or name in known}
+
+    @staticmethod
+    def score_rows(function, given, n):
+        """Each row alone, after the whole batch raised; NaN for one that raises again, to be counted."""
+        values, extras, metrics = [], {}, {}
+        for i in range(n):
+            try:
+                (value,), logged, numbers = call_reward(function, row_of(given, i))
+                logged = {column: entry for column, (entry,) in logged.items()}
+            except Exception:                            # counted, logged, and stopping after max_errors
+                values.append(math.nan)
                 continue
-            number = isinstance(value, (int, float, np.number)) and math.isfinite(value)
-            if number:
-                column[i] = value
-            elif self.on_error == "stop":
-                raise RewardError(f"reward {name!r} returned {value!r} for the completion {rows[i][2]!r} to "
-                                  f"{rows[i][0].prompt!r}; return a finite number, or None for 'does not apply'")
-            else:
-                self.count_errors(1, name)
-        return column
+            values.append(value)
+            for column, entry in logged.items():
+                extras.setdefault(column, [None] * n)[i] = entry
+            for key, more in numbers.items():
+                metrics.setdefault(key, []).extend(more)
+        return values, extras, metrics
 
-    def score_row(self, function, given, i):
-        """One row alone, after the whole batch raised; NaN-counted if it raises again."""
-        one = {k: [v[i]] if isinstance(v, list) else v for k, v in given.items()}
-        try:
-            return list(function(**one))[0]
-        except Exception:                                # counted, logged, and stopping after max_errors
-            return math.nan
-
-    def culprit(self, function, given, rows):
-        """" on completion ... of problem ..." for the first row that raises alone; empty if none does."""
+    @staticmethod
+    def culprit(function, given, rows):
+        """" on the completion ... to ..." for the first row that raises alone; for the whole batch if none does."""
         for i, (problem, _, text) in enumerate(rows):
             try:
-                list(function(**{k: [v[i]] if isinstance(v, list) else v for k, v in given.items()}))
+                call_reward(function, row_of(given, i))
             except Exception:                            # found: named in the message of the RewardError being raised
                 return f" on the completion {text!r} to {problem.prompt!r}"
-        return ""
+        return f" on {len(rows)} completions together, the first of them {rows[0][2]!r} to {rows[0][0].prompt!r}"
 
-    def count_errors(self, n, name):
+    def count_errors(self, n, name, reason):
         self.errors += n
-        print(f"reward {name!r}: {n} rows skipped ({self.errors} so far)", file=sys.stderr)
+        print(f"reward {name!r} {reason}: {n} rows left out ({self.errors} so far)", file=sys.stderr)
         if self.errors > self.max_errors:
             raise RewardError(f"{self.errors} reward errors, more than max_reward_errors = {self.max_errors}; "
-                              f"the last came from reward {name!r}")
+                              f"the last: reward {name!r} {reason}")
 
 
 # ---- rollouts --------------------------------------------------------------------------------------------------------
