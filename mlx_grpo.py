@@ -1881,33 +1881,39 @@ def find_run_dir(config, resume):
     """(run directory, checkpoint to resume from or None, config). {n} in run_name becomes the next free number, or the
     last used one with --resume auto. Raises UserError where the directory already holds a run and nothing says resume,
     and where --resume names no checkpoint."""
+    checkpoint = None
+    if resume not in (None, "auto"):
+        whole = (Path(resume) / "trainer_state.json").exists()
+        checkpoint = Path(resume) if whole else next(reversed(find_checkpoints(resume)), None)
+        if not checkpoint:
+            raise UserError(f"no checkpoint in {resume} (looked for trainer_state.json and checkpoint-*/trainer_state.json); "
+                            "--resume auto takes the newest one of the run, or starts fresh where there is none")
+    place = lambda n: Path(config.output_dir) / config.run_name.replace("{n}", str(n))
     if "{n}" in config.run_name:
-        taken = [n for n in range(1, 10_000) if (Path(config.output_dir) / config.run_name.replace("{n}", str(n))).exists()]
-        number = max(taken, default=0) + 1 if resume != "auto" or not taken else max(taken)
+        taken = [n for n in range(1, 10_000) if place(n).exists()]
+        number = max(taken, default=0) + (resume != "auto" or not taken)
+        if checkpoint:                       # of one of the numbered runs: that one goes on
+            number = next((n for n in taken if place(n).resolve() == checkpoint.resolve().parent), number)
         config = replace(config, run_name=config.run_name.replace("{n}", str(number)))
     run_dir = Path(config.output_dir) / config.run_name
-    if resume is None:
-        if (run_dir / "config.json").exists():
-            raise UserError(f"{run_dir} already holds a run; continue it with --resume auto, or choose another "
-                            "--set run_name=NAME (demo-{n} numbers the runs)")
-        return run_dir, None, config
     if resume == "auto":
-        checkpoints = find_checkpoints(run_dir)
-        print(f"resuming from {checkpoints[-1]}" if checkpoints else f"no checkpoint in {run_dir}: starting fresh", flush=True)
-        return run_dir, checkpoints[-1] if checkpoints else None, config
-    if not (Path(resume) / "trainer_state.json").exists():
-        raise UserError(f"no checkpoint in {resume} (looked for trainer_state.json); --resume auto takes the newest of "
-                        f"{run_dir}, or starts fresh where there is none")
-    return run_dir, Path(resume), config
+        checkpoint = next(reversed(find_checkpoints(run_dir)), None)
+        print(f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {run_dir}: starting fresh", flush=True)
+    elif (run_dir / "config.json").exists() and not (checkpoint and checkpoint.resolve().parent == run_dir.resolve()):
+        raise UserError(f"{run_dir} already holds a run; continue it with --resume auto, or choose another "
+                        "--set run_name=NAME (demo-{n} numbers the runs)")
+    return run_dir, checkpoint, config
 
 
 def git_revision():
-    """The commit of this checkout with "+" for local changes, or None outside of one."""
+    """The commit of this checkout with "+" for local changes, or None outside of one (an installed wheel)."""
+    run = partial(subprocess.run, capture_output=True, text=True, cwd=HERE, timeout=10)
     try:
-        run = partial(subprocess.run, capture_output=True, text=True, cwd=HERE, timeout=10)
-        commit = run(["git", "rev-parse", "--short", "HEAD"])
-        return commit.stdout.strip() + "+" * bool(run(["git", "status", "--porcelain"]).stdout) if commit.returncode == 0 else None
-    except FileNotFoundError:
+        if run(["git", "ls-files", "--error-unmatch", Path(__file__).name]).returncode:
+            return None
+        commit = run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        return commit + "+" * bool(run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
 
 
@@ -1925,7 +1931,7 @@ def write_run_config(run_dir, config, sources, command):
 def train_command(args):
     """Train by GRPO (or, as `sft`, on demonstrations): what the configuration says, from one command."""
     config, sources = load_config(args.config, args.set)
-    find_rewards(config.rewards)                       # a typo is told before the model is loaded
+    rewards = find_rewards(config.rewards)             # a typo is told before the model is loaded
     run_dir, checkpoint, config = find_run_dir(config, args.resume)
     train, held_out = load_problems(config)
     model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
@@ -1933,9 +1939,11 @@ def train_command(args):
     if args.command == "sft":
         trainer = SFTTrainer(model, tokenizer, config, train, held_out, **options)
     else:
-        trainer = MLXGRPOTrainer(model, tokenizer, config.rewards, config, train, held_out, **options)
+        trainer = MLXGRPOTrainer(model, tokenizer, rewards, config, train, held_out, **options)
     if checkpoint:
         trainer.load_checkpoint(checkpoint)
+    else:
+        trainer.log.cut_after(-1)                      # what a run left that ended before its first checkpoint
     write_run_config(run_dir, config, sources, args.command)
     print(f"{config.model_name}: {count_parameters(model) / 1e6:.1f}M parameters, {str(trainer.dtype).split('.')[-1]} on "
           f"{mx.default_device()} | {len(trainer.train_dataset)} problems, {len(trainer.eval_dataset)} held out | "
@@ -1977,6 +1985,8 @@ def print_summary(trainer, seconds):
 def eval_command(args):
     """Exact match of a model on the held-out problems, as in training."""
     config, _ = load_config(args.config, args.set)
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise UserError(f"--output {args.output}: there is no directory {Path(args.output).parent}; create it first")
     _, held_out = load_problems(config)
     model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
     model.update(cast_floats(model.parameters(), compute_dtype(config)))
@@ -2091,7 +2101,9 @@ def make_parser():
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
+    if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
         argv.insert(0, "train")
     args = make_parser().parse_args(argv)
     return args.run(args)
