@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, require
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import load_tokenizer
+from nanochat_fixtures import STORED, converted, folder
 from tiny_hf import CHATML, edit_json, random_tokens, save_tiny, save_tokenizer
 
 from mlx_grpo import UserError
@@ -28,7 +29,8 @@ from mlx_grpo.inference_chat import Chat, template_ids
 from mlx_grpo.inference_engine import Float32Logits, Sampling, Session, TextStream, model_identity
 
 SCRIPT = str(ROOT / "utils" / "inference.py")
-GREEDY = Sampling(temperature=0, max_tokens=24)
+COUNT = 16
+GREEDY = Sampling(temperature=0, max_tokens=COUNT)
 
 
 def save_model(path, family="qwen3", template=CHATML, **changes):
@@ -91,7 +93,7 @@ def test_greedy_text_is_that_of_transformers(family, tmp_path):
     torch_model = save_model(tmp_path, family)
     model, tokenizer = load_checked(tmp_path)[0], load_tokenizer(tmp_path)
     prompt = random_tokens(1, 12)[0]
-    theirs = torch_model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=3)[0, 12:].tolist()
+    theirs = torch_model.generate(torch.tensor([prompt]), max_new_tokens=COUNT, do_sample=False, eos_token_id=3)[0, 12:].tolist()
     assert answer(Session(model, tokenizer, GREEDY), prompt)[1] == theirs
 
 
@@ -99,9 +101,9 @@ def test_repetition_penalty_is_that_of_transformers(qwen, qwen_path):
     torch, transformers = require("torch"), require("transformers")
     torch_model = transformers.AutoModelForCausalLM.from_pretrained(qwen_path)
     prompt = random_tokens(1, 12)[0]
-    theirs = torch_model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, repetition_penalty=1.4,
+    theirs = torch_model.generate(torch.tensor([prompt]), max_new_tokens=COUNT, do_sample=False, repetition_penalty=1.4,
                                   eos_token_id=3)[0, 12:].tolist()
-    sampling = Sampling(temperature=0, max_tokens=24, repetition_penalty=1.4)
+    sampling = Sampling(temperature=0, max_tokens=COUNT, repetition_penalty=1.4)
     assert theirs != answer(Session(*qwen, GREEDY), prompt)[1]
     session = Session(*qwen, sampling)
     assert answer(session, prompt)[1] == theirs
@@ -121,7 +123,7 @@ def test_a_seed_gives_the_same_sample_again_and_another_seed_another(qwen):
 def test_an_end_token_ends_and_is_not_printed(qwen):
     model, tokenizer = qwen
     prompt = [5, 6, 7]
-    tokens = greedy_by_hand(model, prompt, 24)
+    tokens = greedy_by_hand(model, prompt, COUNT)
     end = next(t for i, t in enumerate(tokens) if i > 3 and t not in tokens[:i])
 
     class Ending:
@@ -195,7 +197,7 @@ def test_a_prompt_that_continues_the_last_one_is_prefilled_from_there_only(qwen)
     _, again = answer(session, longer)
     assert session.stats.reused_tokens == len(first) + len(sampled)
     assert counting.tokens == 3 + len(again)
-    assert again == greedy_by_hand(model, longer, 24, {3})
+    assert again == greedy_by_hand(model, longer, COUNT, {3})
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
@@ -206,7 +208,7 @@ def test_a_prompt_that_differs_is_answered_as_by_a_fresh_session(family, tmp_pat
     session = Session(model, tokenizer, GREEDY)
     start = random_tokens(1, 30)[0]
     for prompt in (start, start[:20] + [9, 9, 9], start[:5], start + [8]):
-        assert answer(session, prompt)[1] == greedy_by_hand(model, prompt, 24, {3}), len(prompt)
+        assert answer(session, prompt)[1] == greedy_by_hand(model, prompt, COUNT, {3}), len(prompt)
 
 
 def test_a_generation_broken_off_leaves_a_session_that_still_answers_right(qwen):
@@ -217,7 +219,7 @@ def test_a_generation_broken_off_leaves_a_session_that_still_answers_right(qwen)
     next(stream)
     stream.close()
     assert session.cached == []
-    assert answer(session, prompt)[1] == greedy_by_hand(model, prompt, 24, {3})
+    assert answer(session, prompt)[1] == greedy_by_hand(model, prompt, COUNT, {3})
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
@@ -232,7 +234,7 @@ def test_a_cache_on_disk_is_taken_up_by_another_process(family, tmp_path):
     other = Session(model, tokenizer, GREEDY)
     other.load(file, identity)
     longer = prompt + sampled + [7, 8]
-    assert answer(other, longer)[1] == greedy_by_hand(model, longer, 24, {3})
+    assert answer(other, longer)[1] == greedy_by_hand(model, longer, COUNT, {3})
     assert other.stats.reused_tokens == len(prompt) + len(sampled)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache.safetensors", "m"]
 
@@ -264,7 +266,7 @@ def test_a_turn_of_a_chat_costs_its_own_tokens_only_and_is_answered_as_if_prefil
         counting.tokens, known = 0, len(chat.session.cached)
         reply = "".join(chat.say(question))
         prompt = chat.session.cached[:chat.session.stats.prompt_tokens]
-        assert chat.session.sampled == greedy_by_hand(model, prompt, 24, {3})
+        assert chat.session.sampled == greedy_by_hand(model, prompt, COUNT, {3})
         assert chat.messages[-1] == {"role": "assistant", "content": reply}
         if turn:
             assert chat.session.stats.reused_tokens in (known, known - 1)
@@ -317,8 +319,7 @@ def prompts_of_many_lengths(count=9):
     return [generator.integers(5, 100, int(length)).tolist() for length in generator.integers(1, 40, count)]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt2", "mixtral", "phi3"])
-@pytest.mark.parametrize("batch_size", [4, 16])
+@pytest.mark.parametrize("family, batch_size", [("qwen3", 16), ("qwen3", 4), ("gemma3", 4), ("gpt2", 4), ("mixtral", 16), ("phi3", 4)])
 def test_batched_greedy_answers_are_the_single_ones(family, batch_size, tmp_path):
     save_model(tmp_path, family)
     model, tokenizer = load_checked(tmp_path)[0], load_tokenizer(tmp_path)
@@ -326,7 +327,7 @@ def test_batched_greedy_answers_are_the_single_ones(family, batch_size, tmp_path
     alone = [answer(Session(model, tokenizer, GREEDY), prompt)[1] for prompt in prompts]
     for run in (continuous, lockstep):
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        together = dict(run(Float32Logits(model), {3}, prompts, [24] * len(prompts), order, GREEDY, batch_size))
+        together = dict(run(Float32Logits(model), {3}, prompts, [COUNT] * len(prompts), order, GREEDY, batch_size))
         assert [together[i].ids for i in range(len(prompts))] == alone, run.__name__
         assert all(r.ended == ("stop" if r.ids[-1] == 3 else "length") for r in together.values())
 
@@ -336,7 +337,7 @@ def test_sixteen_prompts_take_about_the_model_calls_of_one(qwen):
     counting = Counting(model)
     prompts = random_tokens(16, 10, 100)
     list(generate_batch(counting, tokenizer, prompts, GREEDY))
-    assert counting.calls < 2 * 24
+    assert counting.calls < 2 * COUNT
 
 
 def test_results_come_in_the_order_of_the_file_with_their_own_keys(qwen, tmp_path):
@@ -554,11 +555,10 @@ def test_leaving_a_conversation_is_clean(how, qwen_path, tmp_path):
     assert "Traceback" not in terminal.seen and terminal.seen.endswith("\n")
 
 
-def test_streamed_text_in_a_terminal_is_the_text_and_comes_in_pieces(qwen_path):
-    common = ["--model", qwen_path, "--prompt", "What is 2+2?", "--temperature", "0", "--max-tokens", "60"]
-    terminal = Terminal(*common, "--stream")
+def test_text_streamed_to_a_terminal_is_the_text(qwen, qwen_path):
+    terminal = Terminal("--model", qwen_path, "--prompt", "What is 2+2?", "--temperature", "0", "--max-tokens", "16", "--stream")
     assert terminal.exit_code() == 0
-    assert terminal.seen.replace("\r\n", "\n") == run_program(*common).stdout
+    assert terminal.seen.replace("\r\n", "\n") == answer(Session(*qwen, GREEDY), encoder(qwen[1], None)("What is 2+2?"))[0] + "\n"
 
 
 def test_ctrl_c_while_a_prompt_is_answered_ends_with_130(qwen_path, tmp_path):
@@ -570,3 +570,55 @@ def test_ctrl_c_while_a_prompt_is_answered_ends_with_130(qwen_path, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and b"Traceback" not in errors
+
+
+# ---- nanochat ----
+
+@pytest.fixture(scope="module")
+def nanochats(tmp_path_factory):
+    """Generation -> a directory converted from nanochat's own checkpoint."""
+    root = tmp_path_factory.mktemp("nanochat")
+    for generation in STORED:
+        converted(folder(generation), root / generation)
+    return {generation: root / generation for generation in STORED}
+
+
+@pytest.mark.parametrize("generation", STORED)
+def test_every_nanochat_generation_answers_chats_and_batches_alike(generation, nanochats):
+    """Greedy against full forward passes; the smear's cache can't be cut back, and a chat still isn't prefilled again."""
+    model, tokenizer = open_model(str(nanochats[generation]))
+    ends = set(tokenizer.eos_token_ids)
+    chat = Chat(Session(model, tokenizer, GREEDY))
+    for turn, question in enumerate(["What is 2+2?", "Grüße 東京?"]):
+        known = len(chat.session.cached)
+        list(chat.say(question))
+        prompt = chat.session.cached[:chat.session.stats.prompt_tokens]
+        assert chat.session.sampled == greedy_by_hand(model, prompt, COUNT, ends)
+        assert chat.session.stats.reused_tokens == known - (0 if turn == 0 else chat.session.stats.reused_tokens < known)
+    prompts = [template_ids(tokenizer, [{"role": "user", "content": "x" * n}]) for n in (1, 30, 7, 12)]
+    together = dict(generate_batch(model, tokenizer, prompts, GREEDY))
+    for i, prompt in enumerate(prompts):
+        assert together[i].ids == greedy_by_hand(model, prompt, COUNT, ends)
+    quantized = open_model(str(nanochats[generation]), quantize=4)[0]
+    assert any(hasattr(module, "bits") for _, module in quantized.named_modules())
+
+
+def test_a_converted_nanochat_generates_without_torch_and_the_trainers_libraries(nanochats):
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(["torch", "datasets", "trl", "reasoning_gym", "rich"]))      # not to be imported
+sys.path.insert(0, {str(ROOT)!r})
+from mlx_grpo import inference, run_command
+sys.argv = ["inference.py", "--model", {str(nanochats["gen5"])!r}, "--prompt", "What is 2+2?", "--max-tokens", "8", "--temperature", "0"]
+run_command(inference.main)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and result.stdout.strip(), result.stderr
+
+
+def test_the_batch_benchmark_gives_a_ratio_on_the_same_tokens():
+    result = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "inference_batch.py"), "--layers", "2", "--width", "128",
+                             "--vocab", "500", "--max-tokens", "8", "--dtype", "float32"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["prompts"] == figures["equal_rows"] == 16 and figures["ratio"] > 0

@@ -205,5 +205,6 @@ def refuse_bad_keys(path, kind, current, given, missing):
 
 
 def constant(array):
-    """Whether all elements are the same (an initial bias or norm weight), so that nothing random is in it."""
-    return array.size == 0 or bool(mx.all(array == array.reshape(-1)[0]).item())
+    """Whether all elements are the same (an initial bias or norm weight), so that nothing random is in it. An array of
+    more than 2^24 elements is neither, and isn't computed."""
+    return array.size == 0 or array.size <= 1 << 24 and bool(mx.all(array == array.reshape(-1)[0]).item())

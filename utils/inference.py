@@ -10,6 +10,7 @@ LoRA weights. Answers go to standard output, everything else to standard error.
 """
 
 import argparse
+import os
 import secrets
 import sys
 from pathlib import Path
@@ -164,29 +165,35 @@ def parse(arguments=None):
     return options
 
 
-def main():
-    options = parse()
+def answer(options):
+    """Open the model and answer in the way that the options ask for."""
     sampling = Sampling(options.temperature, options.top_p, options.repetition_penalty, options.max_tokens)
     seed = secrets.randbits(32) if options.seed is None else options.seed
     mx.random.seed(seed)
     model, tokenizer = open_model(options.model, options.adapter, options.quantize, options.trust_remote_code)
     if options.verbose:
         print(f"seed {seed}", file=sys.stderr)
+    if options.batch:
+        return answer_file(model, tokenizer, options, sampling)
+    session = Session(model, tokenizer, sampling)
+    if options.chat:
+        talk = lambda: chat_loop(model, tokenizer, sampling, options.system, options.verbose, session)
+        return with_prompt_cache(session, options, talk)
+    ids = encoder(tokenizer, options.system)(sys.stdin.read() if options.prompt == "-" else options.prompt)
+    return with_prompt_cache(session, options, lambda: answer_prompt(session, ids, options))
+
+
+def main():
+    options = parse()
+    sys.stdout.reconfigure(errors="replace")     # what the terminal's encoding can't show doesn't end the program
     try:
-        if options.batch:
-            answer_file(model, tokenizer, options, sampling)
-            return 0
-        session = Session(model, tokenizer, sampling)
-        if options.chat:
-            with_prompt_cache(session, options, lambda: chat_loop(
-                model, tokenizer, sampling, options.system, options.verbose, session))
-        else:
-            prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-            ids = encoder(tokenizer, options.system)(prompt)
-            with_prompt_cache(session, options, lambda: answer_prompt(session, ids, options))
+        answer(options)
     except KeyboardInterrupt:
         print()
         return 130
+    except BrokenPipeError:         # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 

@@ -90,7 +90,7 @@ def chat_loop(model, tokenizer, sampling, system=None, verbose=False, session=No
     print(HELP)
     while True:
         try:
-            line = input("> ").strip()
+            line = input("> ").encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
