@@ -16,14 +16,14 @@ from mlx_grpo.safe_pickle import read_torch_checkpoint
 
 
 def read_converted(directory):
-    """(config, conversion record or {}) of a directory that came from nanochat, trained since or not. Raises UserError."""
+    """(config, record of the conversion or {}) of a directory that came from nanochat; or a UserError."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--to-pytorch {directory}: no readable config.json there ({error})") from error
     if "nanochat" not in config:
-        raise UserError(f"--to-pytorch {directory}: convert_nanochat.py did not make this model: its config.json has no "
-                        "entry \"nanochat\"")
+        raise UserError(f"--to-pytorch {directory}: convert_nanochat.py did not make this model (its config.json has "
+                        'no entry "nanochat")')
     if "quantization" in config:
         raise UserError(f"--to-pytorch {directory}: quantised weights can't go back unchanged; convert and train "
                         "without -q")
@@ -32,21 +32,22 @@ def read_converted(directory):
 
 
 def read_weights(directory, expected):
-    """nanochat's name -> mx.array, not yet read into memory, with exactly the shapes of `expected`. Raises UserError."""
+    """nanochat's name -> mx.array, not yet read into memory, of exactly the `expected` shapes. Raises UserError."""
     files = sorted(directory.glob("model*.safetensors"))
-    weights = {checkpoint.nanochat_name(name): value for file in files for name, value in mx.load(str(file)).items()}
+    stored = {name: value for file in files for name, value in mx.load(str(file)).items()}
+    weights = {checkpoint.nanochat_name(name): value for name, value in stored.items()}
     odd = sorted(weights.keys() ^ expected.keys()) or [n for n, value in weights.items() if value.shape != expected[n]]
     if odd:
-        raise UserError(f"--to-pytorch {directory}: its weights are not nanochat's ({odd[0]} for one); an adapter must be "
-                        "merged into the model first")
+        raise UserError(f"--to-pytorch {directory}: its weights are not nanochat's ({odd[0]} for one); merge an "
+                        "adapter into the model first")
     return weights
 
 
 def to_pytorch(directory, output_dir, step=None):
     """Write model_<step>.pt, meta_<step>.json and tokenizer.pkl as nanochat keeps them, from a converted model.
 
-    The renaming is undone, embeddings and head get their padding rows again (zeros), and what was stored as bfloat16 is
-    bfloat16 again. Weights that were not trained come back to the bit."""
+    The renaming is undone, embeddings and head get their padding rows again (zeros), and what was stored as bfloat16
+    is bfloat16 again. Weights that were not trained come back to the bit."""
     import_torch()
     directory, output_dir = Path(directory), Path(output_dir)
     config, record = read_converted(directory)
@@ -70,6 +71,6 @@ def to_pytorch(directory, output_dir, step=None):
         checkpoint.write_json(work / f"meta_{step:06d}.json",
                               {**record.get("meta", {}), "step": step, "model_config": sizes})
         (work / "tokenizer.pkl").write_bytes(pickle.dumps(encoding, protocol=4))
-        checkpoint.check_parameters(read_torch_checkpoint(model), generation, sizes, model)    # as nanochat's loader will
+        checkpoint.check_parameters(read_torch_checkpoint(model), generation, sizes, model)    # nanochat loads strictly
     print(f"{output_dir / model.name}: {human_bytes((output_dir / model.name).stat().st_size)}, nanochat generation "
           f"{generation.number}; nanochat finds it in <its base folder>/chatrl_checkpoints/<tag>")
