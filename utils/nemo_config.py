@@ -25,6 +25,9 @@ MUST_BE = {   # options of Megatron that change the function computed and have n
 }
 ACTIVATIONS = {"llama": {"silu"}, "gemma": {"openai_gelu", "fast_gelu", "gelu_impl"}, "gpt_neox": {"gelu"}}   # silu elsewhere
 
+ACTIVATION_NAMES = {   # of config.json; silu elsewhere. Gemma's first files say gelu where transformers takes the tanh form
+    "gemma": ("gelu_pytorch_tanh", "gelu"), "gpt_neox": ("gelu",), "falcon": ("gelu",)}
+
 
 # ---- config.json -> spec ----
 
@@ -52,6 +55,7 @@ def rope_of(config, default_theta):
 def refuse_options(family, config):
     """Raises UserError for a config.json option under which the model computes something Megatron's layer doesn't."""
     name = family.name
+    activation = config.get("activation" if name == "falcon" else "hidden_act") or ACTIVATION_NAMES.get(name, ("silu",))[0]
     reasons = (
         (config.get("quantization_config"), "its weights are quantised; convert the unquantised model"),
         (name == "gpt_neox" and config.get("use_parallel_residual", True),
@@ -62,6 +66,7 @@ def refuse_options(family, config):
          "the new decoder with one layer norm (num_ln_in_parallel_attn: 1) has no mapping"),
         (name in ("llama", "qwen3", "gemma") and config.get("attention_bias"), "attention_bias: true has no settled mapping"),
         (name == "llama" and config.get("mlp_bias"), "mlp_bias: true has no settled mapping"),
+        (activation not in ACTIVATION_NAMES.get(name, ("silu",)), f"its activation {activation!r} is not the family's in Megatron"),
         (name in ("qwen2", "qwen3") and config.get("use_sliding_window"), "use_sliding_window: true has no counterpart in NeMo"),
     )
     for met, reason in reasons:

@@ -239,16 +239,16 @@ def copy_tokenizer(folder, directory):
 
 
 def token_ids(folder, generation_config):
-    """bos, eos and pad ids: from generation_config.json, else from the tokenizer's own names of those tokens."""
-    ids = {k: v for k, v in (generation_config or {}).items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if ids or folder is None or not (folder.has("tokenizer_config.json") and folder.has("tokenizer.json")):
-        return ids
+    """{bos_token_id, eos_token_id, pad_token_id}: from generation_config.json, else from the tokenizer's own names of those tokens;
+    None where neither says, so that no default of transformers steps in."""
+    names = ("bos_token", "eos_token", "pad_token")
+    given = {f"{name}_id": (generation_config or {}).get(f"{name}_id") for name in names}
+    if any(value is not None for value in given.values()) or folder is None or not (folder.has("tokenizer_config.json") and folder.has("tokenizer.json")):
+        return given
     from mlx_grpo.nemo_files import read_json
     tokenizer, config = read_json(folder, "tokenizer.json"), read_json(folder, "tokenizer_config.json")
     known = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
-    for name in ("bos_token", "eos_token", "pad_token"):
+    for name in names:
         token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if token in known:
-            ids[f"{name}_id"] = known[token]
-    return ids
+        given[f"{name}_id"] = known.get(token.get("content") if isinstance(token, dict) else token)
+    return given

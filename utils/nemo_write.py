@@ -191,8 +191,7 @@ def lightning_state():
     import torch
     batch = progress("ready", "completed", "started", "processed")
 
-    def loop():
-        return {"state_dict": {}, "batch_progress": batch | {"is_last_batch": False}}
+    loop = {"state_dict": {}, "batch_progress": batch | {"is_last_batch": False}}
     fit = {"state_dict": {}, "epoch_loop.state_dict": {"_batches_that_stepped": 0},
            "epoch_loop.batch_progress": batch | {"is_last_batch": False}, "epoch_loop.scheduler_progress": progress("ready", "completed"),
            "epoch_loop.automatic_optimization.state_dict": {},
@@ -205,7 +204,7 @@ def lightning_state():
     callback = ("ModelCheckpoint{'monitor': None, 'mode': 'min', 'every_n_train_steps': 0, 'every_n_epochs': 1, "
                 "'train_time_interval': None}")
     return {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.4.0", "state_dict": {},
-            "loops": {"fit_loop": fit, "validate_loop": loop(), "test_loop": loop(), "predict_loop": loop()},
+            "loops": {"fit_loop": fit, "validate_loop": loop, "test_loop": loop, "predict_loop": loop | {"batch_progress": batch}},
             "callbacks": {callback: {"monitor": None, "best_model_score": None, "best_model_path": "", "current_score": None, "dirpath": None,
                                      "best_k_models": {}, "kth_best_model_path": "", "kth_value": torch.tensor(float("inf")),
                                      "last_model_path": ""}},
