@@ -180,7 +180,7 @@ class MLXGRPOConfig:
     eval_every_updates: int = opt(25, "steps between evaluations on a fixed subset of the training problems", low=0)
     eval_subset_size: int = opt(200, "problems in that subset", low=0)
     eval_max_new_tokens: int = opt(128, "sampling limit in evaluations, tokens", low=1)
-    eval_temperature: float = opt(0.0, "0 = greedy", low=0)
+    eval_temperature: float = opt(0.0, "of the completions in evaluations; 0 = greedy", low=0)
 
     def __post_init__(self):
         """Every value against its field, then the rules that span options. Raises ConfigError."""
@@ -220,7 +220,7 @@ OTHER_NAMES = {  # what TRL, verl, mlx-lm-lora and mlx-lm call the same thing
     "grad_accumulation_steps": "gradient_accumulation_steps", "lr": "learning_rate", "max_length": "max_completion_length",
     "response_length": "max_completion_length", "max_response_length": "max_completion_length",
     "model": "model_name", "model_path": "model_name", "model_name_or_path": "model_name", "data": "dataset",
-    "dataset_name": "dataset", "train_type": "fine_tune_type", "reward_funcs": "rewards", "reward_functions": "rewards",
+    "dataset_name": "dataset", "reward_funcs": "rewards", "reward_functions": "rewards",
     "steps_per_report": "logging_steps", "steps_per_eval": "eval_steps", "save_every": "save_steps", "save_freq": "save_steps",
     "test_freq": "eval_steps", "grad_clip": "max_grad_norm", "lr_schedule": "lr_scheduler_type", "loss_agg_mode": "loss_type",
     "grpo_loss_type": "loss_type", "torch_dtype": "dtype", "bf16": "dtype", "fp16": "dtype", "torch_compile": "use_compile",
@@ -315,7 +315,7 @@ def load_config(path=None, sets=()):
             values[name], sources[name] = check_option(name, value, path), str(path)
     for text in sets:
         name, value = parse_set(text)
-        values[name], sources[name] = check_option(name, value, f"--set {text}"), "--set"
+        values[name], sources[name] = check_option(name, value, f"--set {text}".replace("\n", "\\n")), "--set"
     try:
         return MLXGRPOConfig(**values), sources
     except ConfigError as error:         # options that contradict each other: say where those that it names come from
@@ -1575,9 +1575,9 @@ class MLXGRPOTrainer:
         """Steps until total_steps, with evaluations, checkpoints and logs at their periods; returns the last metrics."""
         args, metrics = self.args, {}
         self.notify("on_train_begin")
-        if self.step_count == 0:
-            metrics = {"step": 0, **self.evaluate(at_start=True)}
-            self.log.metrics(metrics)
+        if self.step_count == 0 and (scores := self.evaluate(at_start=True)):
+            self.log.metrics({"step": 0, **scores})
+            print(f"step 0/{self.total_steps} | " + " | ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
         while self.step_count < self.total_steps:
             order = prompt_order(self.step_count + 1, len(self.train_dataset), args.prompts_per_step, args.seed, args.shuffle)
             metrics = self.step([self.train_dataset[i] for i in order])
@@ -1768,24 +1768,40 @@ def save_checkpoint(path, learner, tokenizer, state, model_old=None):
     """Write a model directory with float32 weights (model.safetensors, sharded when large; config.json; tokenizer;
     generation_config.json), optimizer.safetensors and trainer_state.json, under a temporary name, then rename it."""
     from mlx_grpo.files import atomic_directory
-    from mlx_lm.utils import save_model
 
-    model, source = learner.model, Path(learner.model.source_path)
+    source = Path(learner.model.source_path)
     config = json.loads((source / "config.json").read_text())
     config["torch_dtype"] = config["dtype"] = "float32"
     with atomic_directory(path, replace=True) as work:
-        model.update(learner.master)
-        save_model(work, model)
-        model.update(cast_floats(learner.master, learner.dtype))
+        save_weights(work, dict(tree_flatten(learner.model.parameters())) | dict(tree_flatten(learner.master)))
         (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_tokenizer(tokenizer, work)
         for file in [source / "generation_config.json", *source.glob("*.py")]:
             if file.exists():
                 (work / file.name).write_bytes(file.read_bytes())
-        mx.save_safetensors(str(work / "optimizer.safetensors"), dict(tree_flatten(learner.optimizer.state)))
+        save_arrays(work / "optimizer.safetensors", dict(tree_flatten(learner.optimizer.state)))
         if model_old is not None:
-            mx.save_safetensors(str(work / OLD_POLICY), dict(tree_flatten(model_old.parameters())))
+            save_arrays(work / OLD_POLICY, dict(tree_flatten(model_old.parameters())))
         (work / "trainer_state.json").write_text(json.dumps(state | {"versions": versions()}, indent=2) + "\n")
+
+
+def save_arrays(file, arrays):
+    """A safetensors file; sorted by name, so that equal arrays give equal bytes."""
+    mx.save_safetensors(str(file), dict(sorted(arrays.items())), metadata={"format": "mlx"})
+
+
+def save_weights(directory, weights):
+    """model.safetensors, or shards of at most 5 GB with the index that mlx-lm and transformers read."""
+    from mlx_lm.utils import make_shards
+
+    shards = make_shards(dict(sorted(weights.items())))
+    names = ["model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+             for i in range(len(shards))]
+    for name, shard in zip(names, shards):
+        save_arrays(directory / name, shard)
+    index = {"metadata": {"total_size": sum(a.nbytes for a in weights.values())},
+             "weight_map": {key: name for name, shard in zip(names, shards) for key in sorted(shard)}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def save_tokenizer(tokenizer, directory):
