@@ -11,7 +11,8 @@ from pathlib import Path
 from mlx_grpo import UserError
 from mlx_grpo.nemo_pickle import View
 
-MAX_TEXT = 64 << 20         # bytes of a JSON or YAML file; a large tokenizer.json has 35 MB
+MAX_TEXT = 64 << 20         # bytes of a JSON file; a large tokenizer.json has 35 MB
+MAX_YAML = 1 << 20          # bytes of a YAML file; real ones have 20 kB
 MAX_DEPTH = 60              # of nested lists and mappings
 MAX_MEMBERS = 8192          # of an archive
 
@@ -154,13 +155,18 @@ def read_json(folder, name):
 def read_yaml(folder, name):
     """A YAML mapping, by the safe loader. Aliases are refused: no real file has them and they can be made to explode."""
     import yaml
-    text = read_text(folder, name)
+    if folder.size(name) > MAX_YAML:
+        raise UserError(f"{folder}/{name} has {folder.size(name)} bytes, too many for a configuration")
+    text, depth = read_text(folder, name), 0
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise UserError(f"{folder}/{name} has YAML aliases, which no checkpoint writes")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):       # stops at the first sign of a bomb
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{folder}/{name} " + ("is nested too deeply" if depth > MAX_DEPTH else
+                                                       "has YAML aliases, which no checkpoint writes"))
         value = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{folder}/{name} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(value, dict):
         raise UserError(f"{folder}/{name} is not a YAML mapping")
-    return check_depth(value, f"{folder}/{name}")
+    return value
