@@ -123,7 +123,9 @@ class MLXGRPOConfig:
     answer_column: str = opt("answer", 'column of the gold answer (after "#### " where that marker occurs)')
     solution_column: str = opt("", "column of the demonstration for sft; empty = the answer column's worked solution")
     dataset_options: dict = opt({}, "options of a synthetic task, as a TOML table")
-    system_prompt: str = opt(R1_SYSTEM_PROMPT, "system message before text prompts; empty = none")
+    prompt_format: str = opt("chat", "a text prompt becomes a chat message, or stays text without a chat template",
+                             choices=("chat", "text"))
+    system_prompt: str = opt(R1_SYSTEM_PROMPT, "system message before the prompt; empty = none")
     chat_template_kwargs: dict = opt({}, "passed to the chat template, {enable_thinking = false} for instance")
     shuffle: bool = opt(True, "visit the prompts in a seeded random order, a new one each epoch")
     max_train_samples: int = opt(0, "use at most this many training rows; 0 = all (2000 of a synthetic task)", low=0)
@@ -642,11 +644,15 @@ def make_problem(row, config, where):
             raise UserError(f"{where}: {config.prompt_column!r} is a list, so each item must have a role and a content, both "
                             "text")
         prompt = [{"role": m["role"], "content": m["content"]} for m in prompt]
+        if config.prompt_format == "text":
+            raise UserError(f'{where}: {config.prompt_column!r} holds chat messages; set prompt_format = "chat"')
     elif isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
+        prompt = prompt if config.prompt_format == "text" else [{"role": "user", "content": prompt}]
     else:
         raise UserError(f"{where}: {config.prompt_column!r} must be text or a list of chat messages, got {prompt!r}")
-    if config.system_prompt and prompt[0]["role"] != "system":
+    if config.system_prompt and isinstance(prompt, str):
+        prompt = f"{config.system_prompt}\n\n{prompt}"
+    elif config.system_prompt and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
     text = None if answer is None else str(answer)
     marked = text is not None and "####" in text
