@@ -174,6 +174,14 @@ def test_a_quantised_directory_loads_with_nothing_missing(tmp_path):
         assert mx.array_equal(a, b), key
 
 
+def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
+    """Gemma 2's chat models name the end of a turn there only."""
+    save_tiny(tmp_path, "gemma2")
+    edit_json(tmp_path / "generation_config.json", eos_token_id=[1, 107])
+    assert load_checked(tmp_path)[1]["eos_token_id"] == [1, 107]
+    assert load_checked(tmp_path, changes={"eos_token_id": 5})[1]["eos_token_id"] == 5
+
+
 @pytest.mark.parametrize("name, says", [("pytorch_model.bin", r"only pytorch_model.bin"), ("notes.txt", "holds no weights")])
 def test_a_directory_without_safetensors_says_what_it_has(name, says, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

@@ -103,9 +103,9 @@ def read_json(path):
     return value
 
 
-def load_checked(path, *, config=None, lazy=False, trust_remote_code=False):
-    """(model, config, KeyReport) of a model directory; the config returned is the normalised one, plus what loading
-    added to it. `config`: used in place of the directory's config.json.
+def load_checked(path, *, changes=None, lazy=False, trust_remote_code=False):
+    """(model, config, KeyReport) of a model directory. The config is that of config.json with the end tokens of
+    generation_config.json, as mlx-lm reads it, then `changes`, normalised, plus what loading added to it.
 
     Names are met as follows: exact; else with "transformer." or "model." taken off, or "model." put on, where that
     leaves fewer keys missing. A key that is still missing is accepted where the layer starts at a constant (a bias of
@@ -117,7 +117,7 @@ def load_checked(path, *, config=None, lazy=False, trust_remote_code=False):
     for name in ("config.json", "generation_config.json"):
         if (path / name).is_file():
             read_json(path / name)
-    config = load_config(path) if config is None else config
+    config = load_config(path) | (changes or {})
     reason = unsupported_reason(config)
     if reason:
         raise UserError(f"{path}: {reason}")
