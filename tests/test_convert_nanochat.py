@@ -88,8 +88,8 @@ def test_configs_have_the_constants_of_their_generation():
         assert arch["value_embed_layers"] == (list(range(1, 20, 2)) if number > 2 else [])
 
 
-@pytest.mark.parametrize("generation", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("changes", [{}, {"n_layer": 5, "n_kv_head": 4, "sequence_len": 300}])
+@pytest.mark.parametrize("generation, changes", [
+    (2, {}), (4, {}), *[(n, {"n_layer": 3, "n_kv_head": 4, "sequence_len": 300}) for n in (1, 2, 3, 4, 5)]])
 def test_every_generation_equals_plain_torch(tmp_path, generation, changes):
     """Generations 2 and 4 have no stored reference: the rendering that reproduces 1, 3 and 5 is theirs too."""
     require("torch")
@@ -161,9 +161,9 @@ def test_mlx_lm_can_quantise_the_output_itself(tmp_path):
 
 
 @pytest.mark.parametrize("options, packed", [
-    ({"dtype": "float16"}, 0), ({"dtype": "bfloat16"}, 0),
+    ({"dtype": "float16"}, 0),
     *[({"dtype": dtype, "quantization": {"group_size": 32, "bits": bits, "mode": "affine"}}, 1)
-      for dtype, bits in [("float32", 2), ("bfloat16", 3), ("float16", 4), ("float32", 8)]]])
+      for dtype, bits in [("bfloat16", 3), ("float16", 4), ("float32", 8)]]])
 def test_half_precision_and_quantised_outputs_are_verified_on_their_own_weights(tmp_path, options, packed):
     """Exactly the rounding that was asked for: the same weights in torch give the same logits."""
     require("torch")

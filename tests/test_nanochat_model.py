@@ -67,7 +67,7 @@ def test_logits_are_nanochats(directories, generation):
 def test_logits_through_the_cache_are_nanochats(directories, generation, size):
     """300 tokens: past the short window of 128 and past sequence_len, where "L" becomes a window too."""
     model, stored = load(directories[generation])[0], reference(generation)
-    for i in range(1, 4):
+    for i in (1, 3):
         logits = in_chunks(model, as_ids(stored[f"ids_{i}"]), size)
         assert largest(at_positions(logits, stored, i), stored[f"logits_{i}"]) < LIMIT
 
@@ -183,12 +183,12 @@ def test_gates_narrower_than_a_group_are_left_alone_when_quantised():
 
 
 def test_it_learns():
-    """Forty steps of plain descent on one row: the loss goes to a tenth."""
+    """Fifteen steps on one row of 40 tokens: the loss goes to a fifth."""
     from mlx.optimizers import Adam
     model, ids = random_model(5), mx.random.randint(0, 600, (1, 40))
-    optimizer, step = Adam(3e-3), nn.value_and_grad(model, mean_loss)
+    optimizer, step = Adam(1e-2), nn.value_and_grad(model, mean_loss)
     first = mean_loss(model, ids).item()
-    for _ in range(40):
+    for _ in range(15):
         _, grads = step(model, ids)
         optimizer.update(model, grads)
-    assert mean_loss(model, ids).item() < first / 10
+    assert mean_loss(model, ids).item() < first / 5
