@@ -1380,6 +1380,11 @@ def learning_rate_at(step, total, config):
     return config.learning_rate * (0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress)
 
 
+def count_steps(config, num_problems):
+    """Steps of a run: max_steps, or as many as num_epochs passes over the problems fill (at least one)."""
+    return config.max_steps or max(1, num_problems * config.num_epochs // config.prompts_per_step)
+
+
 def prompt_order(step, total_prompts, per_step, seed, shuffle):
     """The per_step problem indices of step 1, 2, ...: an endless stream of epochs, each a permutation of its own."""
     epochs = {}
@@ -1487,7 +1492,7 @@ class MLXGRPOTrainer:
         self.ref_model = frozen_copy(model) if args.kl_coeff else None
         self.ref_split = SplitModel(self.ref_model) if args.kl_coeff else None
         self.step_count, self.num_tokens = 0, 0
-        self.total_steps = args.max_steps or max(1, len(self.train_dataset) * args.num_epochs // args.prompts_per_step)
+        self.total_steps = count_steps(args, len(self.train_dataset))
         self.compiled = mx.default_device() != mx.cpu if args.use_compile == "auto" else args.use_compile
         self.gradients = self.learner.gradients_of(self.compute_grpo_loss, self.compiled)
         self.samples = {}       # step -> (prompt, completion) of the first held-out problem
@@ -1969,7 +1974,8 @@ def train_command(args):
     write_run_config(run_dir, config, sources, args.command)
     print(f"{config.model_name}: {count_parameters(model) / 1e6:.1f}M parameters, {str(trainer.dtype).split('.')[-1]} on "
           f"{mx.default_device()} | {len(trainer.train_dataset)} problems, {len(trainer.eval_dataset)} held out | "
-          f"{trainer.total_steps} steps of {config.prompts_per_step} prompts x {config.num_generations} | {run_dir}", flush=True)
+          f"{trainer.total_steps} steps of {config.prompts_per_step} prompts"
+          + (f" x {config.num_generations}" if args.command == "train" else "") + f" | {run_dir}", flush=True)
     if not tokenizer.has_chat_template:
         print("the tokenizer has no chat template: messages are joined as plain text", file=sys.stderr)
     started = time.perf_counter()
@@ -2033,18 +2039,25 @@ def rewards_command(args):
     weights = dict(zip(chosen, config.reward_weights or [1.0] * len(chosen)))
     for name, function in (REWARDS | chosen).items():
         used = f"weight {weights[name]:g}" if name in weights else "not used"
-        print(f"{name:16} {used:12} {inspect.getdoc(function) or 'no description'}")
+        summary = (inspect.getdoc(function) or "no description").partition("\n\n")[0]
+        print(f"{name:16} {used:12} {' '.join(summary.split())}")
     return 0
 
 
 def plan_command(args):
-    """Every option with its value and source, the parameters, and what the run will hold in memory."""
+    """Every option with its value and source, the problems and steps, and what the run will hold in memory."""
     config, sources = load_config(args.config, args.set)
+    find_rewards(config.rewards)
     for name, value in asdict(config).items():
         shown = value if not isinstance(value, str) or len(value) < 60 else value[:57] + "..."
         print(f"{name:28} {shown!r:44} {sources[name]}")
-    model, _ = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
-    total = count_parameters(model)
+    problems, held_out = load_problems(config)
+    model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
+    problems = fitting_problems(problems, tokenizer, config)
+    total, steps = count_parameters(model), count_steps(config, len(problems))
+    print(f"\n{len(problems)} problems, {len(held_out)} held out; {steps} steps of {config.prompts_per_step} prompts x "
+          f"{config.num_generations} = {steps * config.prompts_per_step * config.num_generations} completions of at most "
+          f"{config.max_new_tokens} tokens")
     size = 4 if compute_dtype(config) == mx.float32 else 2
     rows = {"weights, float32": 4 * total, "weights to compute with": 0 if size == 4 else size * total,
             "gradients": 4 * total, "moments": 8 * total,
@@ -2067,7 +2080,7 @@ def read_metrics(run_dir):
     """The objects of a run's metrics.jsonl. Raises UserError where there is none."""
     file = Path(run_dir) / "metrics.jsonl"
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: can't read the metrics of a run: {error}") from error
 
@@ -2133,6 +2146,8 @@ def main(argv=None):
 
 def console():
     """The installed command `mlx-grpo`."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")      # a completion may hold what the terminal can't show
     run_command(main)
 
 
