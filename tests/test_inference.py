@@ -344,25 +344,26 @@ def test_results_come_in_the_order_of_the_file_with_their_own_keys(qwen, tmp_pat
     model, tokenizer = qwen
     rows = [{"id": f"q{i}", "prompt": "x" * (1 + 7 * i % 5), "level": i} for i in range(6)]
     rows[2] = {"messages": [{"role": "user", "content": "hello"}]}
+    rows[4] = {"question": "why?", "answer": "42", "id": "q4", "level": 4}
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     lines = []
     told = run_batch(model, tokenizer, read_items(tmp_path / "q.jsonl"), encoder(tokenizer, None), GREEDY, 4, lines.append)
     results = [json.loads(line) for line in lines]
     assert [r["index"] for r in results] == list(range(6))
     assert [r.get("id") for r in results] == ["q0", "q1", None, "q3", "q4", "q5"] and results[5]["level"] == 5
-    assert results[2]["messages"] == rows[2]["messages"]
+    assert results[2]["messages"] == rows[2]["messages"] and (results[4]["question"], results[4]["answer"]) == ("why?", "42")
     session = Session(model, tokenizer, GREEDY)
     for row, result in zip(rows, results):
-        assert result["completion"] == "".join(session.stream(encoder(tokenizer, None)(row.get("prompt") or row["messages"])))
+        assert result["completion"] == "".join(session.stream(encoder(tokenizer, None)(row.get("prompt") or row.get("question") or row["messages"])))
     assert re.match(r"6 prompts, \d+ prompt tokens, \d+ generated in .* tokens/s \| latency p50 .* p90 .* p99 .* GB", told)
 
 
 @pytest.mark.parametrize("name, content, says", [
     ("a.jsonl", '{"prompt": "x"}\n{"prompt": ', "a.jsonl:2: not JSON"),
-    ("a.jsonl", '{"prompt": "x"}\n\n{"text": "x"}', 'a.jsonl:3: needs "prompt"'),
-    ("a.jsonl", '{"prompt": 7}', '"prompt" must be text'),
+    ("a.jsonl", '{"prompt": "x"}\n\n{"text": "x"}', 'a.jsonl:3: needs one of "prompt"'),
+    ("a.jsonl", '{"prompt": 7}', '"prompt" and "question" must be text'),
     ("a.jsonl", '{"messages": [{"role": "user"}]}', '"messages" a list of'),
-    ("a.jsonl", '[1]', 'needs "prompt"'),
+    ("a.jsonl", '[1]', 'needs one of'),
     ("a.txt", "\n \n", "holds no prompts"),
     ("a.txt", None, "can't be read"),
 ])
@@ -374,6 +375,8 @@ def test_a_prompt_file_that_cannot_be_used_names_its_line(name, content, says, t
 
 
 def test_a_text_file_is_one_prompt_a_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "two\u2028lines"}\n', encoding="utf-8")
+    assert read_items(tmp_path / "a.jsonl")[0].prompt == "two\u2028lines"
     (tmp_path / "a.txt").write_text("What is 2+2?\n\n  {not json}\n")
     assert [item.prompt for item in read_items(tmp_path / "a.txt")] == ["What is 2+2?", "  {not json}"]
 

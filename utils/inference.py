@@ -112,9 +112,9 @@ def answer_prompt(session, ids, options):
         print(session.stats.line(), file=sys.stderr)
 
 
-def answer_file(model, tokenizer, options, sampling):
-    """Answer a file of prompts, a JSON line each, in order."""
-    told = run_batch(model, tokenizer, read_items(options.batch), encoder(tokenizer, options.system), sampling,
+def answer_file(model, tokenizer, items, options, sampling):
+    """Answer the prompts of a file, a JSON line each, in order."""
+    told = run_batch(model, tokenizer, items, encoder(tokenizer, options.system), sampling,
                      options.batch_size, lambda line: print(line, flush=True))
     if options.verbose:
         print(told, file=sys.stderr)
@@ -137,7 +137,7 @@ def parse(arguments=None):
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--prompt", help="one prompt; - reads it from standard input")
     way.add_argument("--chat", action="store_true", help="a conversation in the terminal, always streamed")
-    way.add_argument("--batch", metavar="FILE", help='a prompt a line, or JSON lines with "prompt" or "messages"')
+    way.add_argument("--batch", metavar="FILE", help='a prompt a line, or .jsonl with "prompt", "question" or "messages"')
     parser.add_argument("--model", default="mlx_model", help="directory or hub id (default mlx_model)")
     parser.add_argument("--adapter", metavar="DIR", help="mlx-lm adapter to add (LoRA, DoRA or full)")
     parser.add_argument("--quantize", type=int, choices=(2, 3, 4, 6, 8), metavar="BITS", help="quantise the matrices at load")
@@ -168,13 +168,14 @@ def parse(arguments=None):
 def answer(options):
     """Open the model and answer in the way that the options ask for."""
     sampling = Sampling(options.temperature, options.top_p, options.repetition_penalty, options.max_tokens)
+    items = read_items(options.batch) if options.batch else None      # a bad file is told before the model is loaded
     seed = secrets.randbits(32) if options.seed is None else options.seed
     mx.random.seed(seed)
     model, tokenizer = open_model(options.model, options.adapter, options.quantize, options.trust_remote_code)
     if options.verbose:
         print(f"seed {seed}", file=sys.stderr)
     if options.batch:
-        return answer_file(model, tokenizer, options, sampling)
+        return answer_file(model, tokenizer, items, options, sampling)
     session = Session(model, tokenizer, sampling)
     if options.chat:
         talk = lambda: chat_loop(model, tokenizer, sampling, options.system, options.verbose, session)

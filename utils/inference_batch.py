@@ -10,11 +10,14 @@ import mlx.core as mx
 from mlx_grpo import UserError
 from mlx_grpo.inference_engine import Float32Logits, context_length, fit_context
 
+PROMPT_KEYS = ("prompt", "question", "messages")
+
 
 @dataclass(frozen=True)
 class Item:
     """One prompt of a batch: text or chat messages, and what of its line is handed through."""
     prompt: object      # str, or a list of {"role", "content"}
+    key: str            # what its line calls it
     extra: dict         # further keys of its JSON line, such as "id"
 
 
@@ -28,18 +31,18 @@ class Result:
 
 
 def read_items(path):
-    """Items of a .jsonl file ({"prompt": text} or {"messages": [...]} a line) or of a text file (one prompt a line, empty
-    lines skipped). A text file whose first line is a JSON object with one of these keys counts as jsonl. Raises UserError."""
+    """Items of a .jsonl file ({"prompt": text}, {"question": text} or {"messages": [...]} a line) or of a text file (one
+    prompt a line, empty lines skipped). Raises UserError."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")     # not splitlines: JSON text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--batch {path} can't be read: {error}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"--batch {path} holds no prompts; give one a line, or JSON lines with \"prompt\"")
-    if Path(path).suffix in (".jsonl", ".ndjson", ".json") or numbered[0][1].lstrip().startswith(('{"prompt"', '{"messages"')):
+    if Path(path).suffix in (".jsonl", ".ndjson", ".json"):
         return [read_line(f"{path}:{number}", line) for number, line in numbered]
-    return [Item(line, {}) for _, line in numbered]
+    return [Item(line, "prompt", {}) for _, line in numbered]
 
 
 def read_line(where, line):
@@ -48,14 +51,15 @@ def read_line(where, line):
         row = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where}: not JSON: {error}; a .jsonl file has one object a line") from error
-    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
-        raise UserError(f'{where}: needs "prompt" (text) or "messages" (a list), one of them')
-    prompt = row.get("prompt", row.get("messages"))
+    given = [key for key in PROMPT_KEYS if isinstance(row, dict) and key in row]
+    if len(given) != 1:
+        raise UserError(f'{where}: needs one of "prompt", "question" (text) and "messages" (a list)')
+    prompt = row[given[0]]
     messages = isinstance(prompt, list) and prompt and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt)
-    if not (isinstance(prompt, str) if "prompt" in row else messages):
-        raise UserError(f'{where}: "prompt" must be text, "messages" a list of {{"role": ..., "content": ...}}')
-    return Item(prompt, {key: value for key, value in row.items() if key not in ("prompt", "messages")})
+    if not (messages if given == ["messages"] else isinstance(prompt, str)):
+        raise UserError(f'{where}: "prompt" and "question" must be text, "messages" a list of {{"role": ..., "content": ...}}')
+    return Item(prompt, given[0], {key: value for key, value in row.items() if key != given[0]})
 
 
 def generate_batch(model, tokenizer, prompts, sampling, batch_size=32):
@@ -136,8 +140,7 @@ def run_batch(model, tokenizer, items, encode, sampling, batch_size, write):
         while len(results) in waiting:
             item, result = items[len(results)], waiting.pop(len(results))
             said = result.ids[:-1] if result.ids[-1] in ends else result.ids
-            key = "prompt" if isinstance(item.prompt, str) else "messages"
-            write(json.dumps({"index": len(results), **item.extra, key: item.prompt,
+            write(json.dumps({**item.extra, item.key: item.prompt, "index": len(results),
                               "completion": tokenizer.decode(said, skip_special_tokens=True),
                               "finish_reason": result.ended, "prompt_tokens": result.prompt_tokens,
                               "completion_tokens": len(result.ids), "seconds": round(result.seconds, 4)}, ensure_ascii=False))
