@@ -64,6 +64,7 @@ def main_dtype(tensors, where):
 
 def fingerprint(files, **options):
     """What must be the same for --resume: the source's files (name, size, time) and the options."""
+    options["overrides"] = options["overrides"] or {}
     stats = [[str(f.name), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files) if f.is_file()]
     return hashlib.sha256(json.dumps([stats, options], sort_keys=True, default=str).encode()).hexdigest()
 

@@ -138,6 +138,7 @@ def run_model(path, tokenizer_path, prompts):
     """[(logits (T, V) in float32, greedy continuation)] of a Hugging Face directory on the prompts."""
     import torch
     import transformers
+    transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     results = []
