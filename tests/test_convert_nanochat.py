@@ -170,7 +170,7 @@ def test_half_precision_and_quantised_outputs_are_verified_on_their_own_weights(
     record = converted(folder("gen5"), tmp_path / "out", verify=True, **options)
     assert record["verification"]["torch"]["max"] < 1e-4 and record["verification"]["rounding"]["max"] < 15
     weights = mx.load(str(tmp_path / "out" / "model.safetensors"))
-    assert ("lm_head.scales" in weights) == bool(packed) and "smear_gate.scales" not in weights
+    assert ("lm_head.scales" in weights) == bool(packed) and "transformer.smear_gate.scales" not in weights
     assert {value.dtype for value in weights.values()} - {mx.uint32} == {getattr(mx, options["dtype"])}
     if options["dtype"] == "float16" and not packed:
         assert record["verification"]["rounding"]["max"] < 0.1

@@ -285,14 +285,16 @@ def architecture(generation, model_config, logit_softcap=None):
 
 
 def mlx_name(name):
-    """value_embeds.3.weight -> transformer.h.3.value_embed.weight, because MLX takes a number in a name for a place in
-    a list; the other names stay."""
-    return re.sub(r"^value_embeds\.(\d+)\.", r"transformer.h.\1.value_embed.", name)
+    """What the MLX model calls nanochat's parameter: value_embeds.3.weight is transformer.h.3.value_embed.weight (MLX
+    takes a number in a name for a place in a list); what stands beside the transformer, but for the head, is in it."""
+    name = re.sub(r"^value_embeds\.(\d+)\.", r"transformer.h.\1.value_embed.", name)
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
 def nanochat_name(name):
     """The inverse of mlx_name."""
-    return re.sub(r"^transformer\.h\.(\d+)\.value_embed\.", r"value_embeds.\1.", name)
+    name = re.sub(r"^transformer\.h\.(\d+)\.value_embed\.", r"value_embeds.\1.", name)
+    return name if name.startswith(("transformer.h.", "transformer.wte.")) else name.removeprefix("transformer.")
 
 
 def has_vocabulary_rows(name):

@@ -115,18 +115,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Everything but the head: token ids to normed hidden states."""
+
     def __init__(self, args):
         super().__init__()
+        self.args = args
         self.wte = nn.Embedding(args.vocab_size, args.hidden_size)
         self.h = [Block(args, layer) for layer in range(args.num_hidden_layers)]
-
-
-class Model(nn.Module):
-    def __init__(self, args):
-        super().__init__()
-        self.args, self.model_type = args, args.model_type
-        self.transformer = Transformer(args)
-        self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
         if args.residual_lambdas:
             self.resid_lambdas = mx.ones(args.num_hidden_layers)
             self.x0_lambdas = mx.zeros(args.num_hidden_layers)
@@ -166,17 +161,16 @@ class Model(nn.Module):
         return [shared[window] for window in windows]
 
     def __call__(self, inputs, cache=None):
-        """Token ids (B, L) -> float32 logits (B, L, V). cache: what make_cache gives, or None."""
         args = self.args
-        caches = cache if cache is not None else [None] * (len(self.layers) + 1)
-        x = rms_norm(self.transformer.wte(inputs), args.norm_eps)
+        caches = cache if cache is not None else [None] * (len(self.h) + 1)
+        x = rms_norm(self.wte(inputs), args.norm_eps)
         if args.smear_channels:
             x = self.smear(x, caches[-1])
         x0, middle = x, None
         # MLX promotes float32 * bfloat16 to float32: without the casts one lambda turns the whole stream to float32.
         if args.residual_lambdas:
             resid_lambdas, x0_lambdas = self.resid_lambdas.astype(x.dtype), self.x0_lambdas.astype(x.dtype)
-        for layer, (block, mask) in enumerate(zip(self.layers, self.masks(x, caches))):
+        for layer, (block, mask) in enumerate(zip(self.h, self.masks(x, caches))):
             if args.residual_lambdas:
                 x = resid_lambdas[layer] * x + x0_lambdas[layer] * x0
             x = block(x, inputs, mask, caches[layer])
@@ -184,8 +178,20 @@ class Model(nn.Module):
                 middle = x
         if middle is not None:
             x = x - self.backout_lambda.astype(x.dtype) * middle
-        logits = self.lm_head(rms_norm(x, args.norm_eps)).astype(mx.float32)
-        return args.logit_softcap * mx.tanh(logits / args.logit_softcap)
+        return rms_norm(x, args.norm_eps)
+
+
+class Model(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.args, self.model_type = args, args.model_type
+        self.transformer = Transformer(args)
+        self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def __call__(self, inputs, cache=None):
+        """Token ids (B, L) -> float32 logits (B, L, V). cache: what make_cache gives, or None."""
+        logits = self.lm_head(self.transformer(inputs, cache=cache)).astype(mx.float32)
+        return self.args.logit_softcap * mx.tanh(logits / self.args.logit_softcap)
 
     @property
     def layers(self):
