@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import copy
 import csv
 import importlib.util
@@ -36,7 +37,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from fractions import Fraction
 from functools import partial
@@ -51,7 +52,6 @@ from mlx_grpo import linux_blas  # noqa: E402, F401  before mlx.core; see there
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
-import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
@@ -158,19 +158,35 @@ class MLXGRPOConfig:
     kl_estimator: str = opt("k3_corrected", "k3 (DeepSeekMath Eq. 4), or k3 times the ratio, unbiased off policy",
                             choices=("k3", "k3_corrected"))
     mask_truncated_completions: bool = opt(False, "completions without an end token contribute no tokens (DAPO)")
-    # optimizer
+    # what is trained, and how
+    fine_tune_type: str = opt("full", "all weights, or low-rank adapters on a frozen base (which may be quantised)",
+                              choices=("full", "lora", "dora"))
+    lora_rank: int = opt(8, "rank of the adapters", low=1)
+    lora_scale: float = opt(20.0, "factor of the adapters' product, as mlx-lm means it", low=0)
+    lora_alpha: float = opt(0.0, "PEFT's way to say it: lora_scale = lora_alpha / lora_rank; 0 = lora_scale counts", low=0)
+    lora_dropout: float = opt(0.0, "in the trained pass; the old log-probs are scored with the same mask", low=0, high=0.99)
+    lora_layers: int = opt(-1, "adapted blocks, counted from the last; -1 = all (mlx-lm's num_layers)", low=-1)
+    lora_keys: list[str] = opt([], 'adapted modules, ["self_attn.q_proj"] for instance; empty = all linear ones in a block')
+    gradient_checkpointing: bool = opt(False, "recompute each block in the backward pass: less memory, a third more time")
     batch_size: int = opt(1, "prompts in one forward and backward pass", low=1)
     gradient_accumulation_steps: int = opt(4, "such passes in one step", low=1)
     num_epochs: int = opt(1, "passes over the training prompts", low=1)
     max_steps: int = opt(0, "stop after this many steps; 0 = num_epochs decides", low=0)
+    optimizer: str = opt("adamw", 'adam, adamw, adafactor, lion, muon (matrices; AdamW for the rest), or "my_opt.py:Class"')
+    optimizer_dtype: str = opt("float32", "of trained weights and moments; bfloat16 (stochastic rounding) halves them",
+                               choices=("float32", "bfloat16"))
     learning_rate: float = opt(1e-6, "peak learning rate", low=0)
+    matrix_learning_rate: float = opt(0.0, "peak for matrices; 0 = learning_rate", low=0)
+    embedding_learning_rate: float = opt(0.0, "peak for embeddings; 0 = learning_rate", low=0)
+    head_learning_rate: float = opt(0.0, "peak for the output head; 0 = learning_rate", low=0)
     lr_scheduler_type: str = opt("cosine", "shape after the warmup",
                                  choices=("cosine", "linear", "constant", "constant_with_warmup"))
     warmup_ratio: float = opt(0.1, "share of the steps with a rising learning rate (none for constant)", low=0, high=1)
     max_grad_norm: float = opt(0.1, "gradients are scaled down to this norm; 0 = never", low=0)
     adam_beta1: float = opt(0.9, "decay of Adam's first moment", low=0, high=0.999999)
     adam_beta2: float = opt(0.999, "decay of Adam's second moment", low=0, high=0.9999999)
-    weight_decay: float = opt(0.0, "AdamW's decoupled decay", low=0)
+    weight_decay: float = opt(0.0, "decoupled decay of matrices", low=0)
+    decay_all: bool = opt(False, "weight decay on norms, biases and embeddings as well")
     use_compile: bool | str = opt("auto", 'compile the loss and its gradient; "auto" = on Metal and CUDA',
                                   choices=(True, False, "auto"))
     # log, evaluation, checkpoints
@@ -199,6 +215,16 @@ class MLXGRPOConfig:
         if self.reward_weights and len(self.reward_weights) != len(self.rewards):
             raise ConfigError(f"reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} rewards; "
                               "give one each, or none")
+        adapters = {n: getattr(self, n) for n in OPTIONS if n.startswith("lora_")}
+        changed = [n for n, value in adapters.items() if value != option_default(n)]
+        if self.fine_tune_type == "full" and changed:
+            raise ConfigError(f'{changed[0]} is set but fine_tune_type is "full"; set fine_tune_type = "lora" or remove it')
+        if self.lora_alpha and "lora_scale" in changed:
+            raise ConfigError(f"lora_alpha and lora_scale are both set; lora_alpha = {self.lora_alpha:g} with lora_rank = "
+                              f"{self.lora_rank} means lora_scale = {self.lora_alpha / self.lora_rank:g}: keep one")
+        if self.lora_dropout and (self.gradient_checkpointing or self.use_compile is True):
+            raise ConfigError("lora_dropout needs the same random mask in every pass, so it goes neither with "
+                              "gradient_checkpointing nor with use_compile = true; turn one of them off")
         if self.reward_weights and not any(self.reward_weights):
             raise ConfigError("reward_weights are all 0, so every advantage would be 0; weigh at least one reward")
         if -1 < self.clip_eps_high < 0:
@@ -229,13 +255,20 @@ OTHER_NAMES = {  # what TRL, verl, mlx-lm-lora and mlx-lm call the same thing
     "optim_beta1": "adam_beta1", "optim_beta2": "adam_beta2", "norm_adv_by_std_in_grpo": "scale_rewards",
     "mask_truncated": "mask_truncated_completions", "max_tokens": "max_new_tokens",
     "max_seq_length": "max_prompt_length", "epsilon_low": "clip_eps", "clip_ratio_low": "clip_eps",
-    "use_bias_correction_kl": "kl_estimator", "kl_loss_type": "kl_estimator", "warmup_steps": "warmup_ratio",
+    "use_bias_correction_kl": "kl_estimator", "kl_loss_type": "kl_estimator",
     "lr_warmup_steps_ratio": "warmup_ratio", "shuffle_dataset": "shuffle", "data_seed": "seed",
-    "log_completions": "log_jsonl", "steps_per_generation": "update_every", "ref_model_sync_steps": "update_every",
+    "log_completions": "log_jsonl",
     "train_files": "dataset", "prompt_key": "prompt_column", "experiment_name": "run_name", "run_id": "run_name",
-    "default_local_dir": "output_dir", "adapter_path": "output_dir", "val_batches": "eval_samples",
+    "default_local_dir": "output_dir", "train_type": "fine_tune_type", "num_layers": "lora_layers", "lora_r": "lora_rank",
+    "rank": "lora_rank", "scale": "lora_scale", "grad_checkpoint": "gradient_checkpointing", "optim": "optimizer",
+    "target_modules": "lora_keys", "lora_target_modules": "lora_keys",
     "dataset_train_split": "dataset_split", "dataset_test_split": "eval_split", "max_grad_value": "max_grad_norm",
 }
+def option_default(name):
+    f = OPTIONS[name]
+    return f.default if f.default is not MISSING else f.default_factory()
+
+
 KINDS = {  # annotation -> (types, in words)
     "str": (str, "a text"), "int": (int, "a whole number"), "float": (float, "a number"), "bool": (bool, "true or false"),
     "list[str]": (list, 'a list of texts, ["a", "b"]'), "list[float]": (list, "a list of numbers, [1.0, 0.5]"),
@@ -553,6 +586,8 @@ def load_model(name_or_path, *, loader="auto", trust_remote_code=False, dtype=No
     dtype: weights are cast to it ("float32", "bfloat16", "float16"); None keeps the stored one. `model.source_path` is
     the directory. Raises UserError for what can't be loaded, encoder models among them."""
     path = resolve_model(name_or_path)
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        return load_adapted_model(path, loader=loader, trust_remote_code=trust_remote_code, dtype=dtype)
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -567,6 +602,26 @@ def load_model(name_or_path, *, loader="auto", trust_remote_code=False, dtype=No
     mx.eval(model.parameters())
     model.eval()
     model.source_path = path
+    return model, tokenizer
+
+
+def load_adapted_model(path, **options):
+    """(model, tokenizer) of adapters in mlx-lm's format on the base model that their adapter_config.json names."""
+    from mlx_lm.tuner.utils import load_adapters
+
+    try:
+        base = json.loads((path / "adapter_config.json").read_text()).get("model")
+    except ValueError as error:
+        raise UserError(f"{path}/adapter_config.json: not JSON: {error}") from error
+    if not base:
+        raise UserError(f"{path}/adapter_config.json names no base model; load that with --adapter-path instead")
+    model, tokenizer = load_model(base, **options)
+    try:
+        load_adapters(model, str(path))
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise UserError(f"{path}: these adapters don't fit {base}: {str(error).splitlines()[-1].strip()}") from error
+    mx.eval(model.parameters())
+    model.eval()
     return model, tokenizer
 
 
@@ -1361,6 +1416,10 @@ class TrainerCallback:
     """Hooks for people who want their own loop around ours; override what you need. `trainer` is the MLXGRPOTrainer,
     `metrics` the step's dictionary, which may be added to. Return True from on_step_end to stop training."""
 
+    def on_gradients(self, trainer, gradients):
+        """The step's gradients (a tree of float32 arrays) before clipping; return them, changed or not."""
+        return gradients
+
     def on_train_begin(self, trainer): ...
     def on_step_end(self, trainer, metrics): ...
     def on_evaluate(self, trainer, metrics): ...
@@ -1399,11 +1458,61 @@ def prompt_order(step, total_prompts, per_step, seed, shuffle):
     return [at((step - 1) * per_step + i) for i in range(per_step)]
 
 
-def check_trainable(model, config):
-    """Raises UserError for a model whose matrices are quantised: only its norms would train, without an error."""
-    if is_quantized(model):
-        raise UserError(f"{config.model_name} is quantised, so full fine-tuning would train only its norms; convert it "
-                        "back with utils/convert_model.py --dequantize, or start from the unquantised model")
+def lora_parameters(config):
+    """The adapters' settings under mlx-lm's names, as adapter_config.json holds them."""
+    scale = config.lora_alpha / config.lora_rank if config.lora_alpha else config.lora_scale
+    found = {"rank": config.lora_rank, "scale": scale, "dropout": config.lora_dropout}
+    return found | ({"keys": config.lora_keys} if config.lora_keys else {})
+
+
+def prepare_trainable(model, config):
+    """Leave trainable what config.fine_tune_type says: everything, or new adapters on a frozen base.
+
+    Adapters are mlx-lm's: B starts at 0, so the model computes what it did; A is drawn from the seed. Raises UserError
+    for a quantised model without adapters (only its norms would train, without an error), and for unknown lora_keys."""
+    if config.fine_tune_type == "full":
+        if is_quantized(model):
+            raise UserError(f'{config.model_name} is quantised, so full fine-tuning would train only its norms; set '
+                            'fine_tune_type = "lora", or convert it back with utils/convert_model.py --dequantize')
+        model.unfreeze()
+        return
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    if config.lora_layers > len(model.layers):
+        raise ConfigError(f"lora_layers is {config.lora_layers}, but the model has {len(model.layers)} blocks; -1 takes all")
+    names = {name for name, module in model.named_modules()} | {n for b in model.layers for n, _ in b.named_modules()}
+    if unknown := [key for key in config.lora_keys if key not in names]:
+        raise ConfigError(f"lora_keys: the model has no module {unknown[0]!r}{nearest(unknown[0], names)}")
+    model.freeze()
+    mx.random.seed(config.seed)
+    layers = config.lora_layers if config.lora_layers >= 0 else len(model.layers)
+    try:
+        linear_to_lora_layers(model, layers, lora_parameters(config), use_dora=config.fine_tune_type == "dora")
+    except ValueError as error:
+        raise ConfigError(f"fine_tune_type {config.fine_tune_type!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def checkpointed_blocks(model, on):
+    """While it lasts, each block of the model keeps only its input for the backward pass and is computed again there
+    (arXiv 1604.06174)."""
+    kinds = {type(block): type(block).__call__ for block in model.layers} if on else {}
+
+    def checkpointed(call):
+        def block_call(block, *args, **kwargs):
+            def of_weights(weights, *args, **kwargs):
+                block.update(weights)
+                return call(block, *args, **kwargs)
+            return mx.checkpoint(of_weights)(block.trainable_parameters(), *args, **kwargs)
+        return block_call
+
+    for kind, call in kinds.items():
+        kind.__call__ = checkpointed(call)
+    try:
+        yield
+    finally:
+        for kind, call in kinds.items():
+            kind.__call__ = call
 
 
 def clip_gradients(gradients, max_norm):
@@ -1416,16 +1525,18 @@ def clip_gradients(gradients, max_norm):
 
 
 class Learner:
-    """A model's trained weights: float32 whatever the dtype it computes in, with AdamW's moments beside them.
+    """A model's trained weights: float32 whatever the dtype it computes in, with the optimizer's moments beside them.
 
     MLX's optimizers keep weights and moments in the weights' dtype, and a bfloat16 weight does not move by an update
     below 0.4 % of itself: 100 updates at learning rate 1e-6 move 2 % of them. So the update is done in float32, and
     the model gets its weights cast to the compute dtype. In float32 both are the same arrays."""
 
     def __init__(self, model, config, dtype):
-        check_trainable(model, config)
-        self.model, self.dtype, self.max_grad_norm = model, dtype, config.max_grad_norm
-        self.master = cast_floats(model.trainable_parameters(), mx.float32)
+        import mlx.optimizers as optim
+        prepare_trainable(model, config)
+        self.model, self.config, self.dtype = model, config, dtype
+        self.master_dtype = getattr(mx, config.optimizer_dtype)
+        self.master = cast_floats(model.trainable_parameters(), self.master_dtype)
         self.optimizer = optim.AdamW(config.learning_rate, betas=[config.adam_beta1, config.adam_beta2],
                                      weight_decay=config.weight_decay, bias_correction=True)
         self.optimizer.init(self.master)
@@ -1445,7 +1556,8 @@ class Learner:
 
         def gradients(batch, *totals):
             weights = self.model.trainable_parameters()
-            (value, metrics), found = value_and_grad(weights, vars(batch), *totals)
+            with checkpointed_blocks(self.model, self.config.gradient_checkpointing):
+                (value, metrics), found = value_and_grad(weights, vars(batch), *totals)
             self.model.update(weights)                       # the traced ones would hold on to the whole graph
             found = cast_floats(found, mx.float32)
             mx.eval(value, metrics, found)                   # one pass's activations are freed before the next
@@ -1455,7 +1567,7 @@ class Learner:
 
     def update(self, gradients, learning_rate):
         """One optimizer update; returns the gradient norm before clipping. Raises UserError where it is not finite."""
-        gradients, norm = clip_gradients(gradients, self.max_grad_norm)
+        gradients, norm = clip_gradients(gradients, self.config.max_grad_norm)
         if not math.isfinite(norm.item()):
             raise UserError(f"the gradient norm is {norm.item()}; lower learning_rate, or use dtype = \"float32\"")
         self.optimizer.learning_rate = learning_rate
@@ -1463,6 +1575,23 @@ class Learner:
         self.model.update(cast_floats(self.master, self.dtype))
         mx.eval(self.master, self.model.parameters(), self.optimizer.state)
         return norm.item()
+
+    def description(self):
+        """One line: what is trained, in which dtype, and the bytes of weights, gradients and moments."""
+        from mlx_grpo.files import human_bytes
+
+        size = lambda tree: sum(a.nbytes for _, a in tree_flatten(tree))
+        trained = sum(a.size for _, a in tree_flatten(self.master))
+        total = count_parameters(self.model)
+        apart = self.master_dtype != self.dtype
+        kind = {"full": "all weights", "lora": "LoRA", "dora": "DoRA"}[self.config.fine_tune_type]
+        if self.config.fine_tune_type != "full":
+            settings = lora_parameters(self.config)
+            said = f" = alpha {self.config.lora_alpha:g} / rank" if self.config.lora_alpha else ""
+            kind += f" (rank {settings['rank']}, scale {settings['scale']:g}{said})"
+        return (f"training {kind}: {trained:,} of {total:,} parameters, {self.config.optimizer} in {self.config.optimizer_dtype} | "
+                f"weights {human_bytes(size(self.model.parameters()) + apart * size(self.master))}, gradients "
+                f"{human_bytes(4 * trained)}, moments {human_bytes(size(self.optimizer.state))}")
 
 
 class MLXGRPOTrainer:
@@ -1535,7 +1664,8 @@ class MLXGRPOTrainer:
 
     def compute_grpo_loss(self, batch, num_rows=None, num_tokens=None):
         """(loss, metrics) of a Batch under the current model; num_rows, num_tokens: of the whole step (grpo_loss)."""
-        logprobs, entropy = completion_logprobs(self.split, batch, self.args.temperature)
+        with self.dropout_mask():
+            logprobs, entropy = completion_logprobs(self.split, batch, self.args.temperature)
         clip_high = self.args.clip_eps if self.args.clip_eps_high < 0 else self.args.clip_eps_high
         num_rows = batch.mask.shape[0] if num_rows is None else num_rows
         num_tokens = batch.mask.sum() if num_tokens is None else num_tokens
@@ -1562,13 +1692,39 @@ class MLXGRPOTrainer:
             if self.ref_model:
                 batch = replace(batch, ref_logprobs=completion_logprobs(self.ref_split, batch, self.args.temperature)[0])
                 mx.eval(batch.ref_logprobs)
+            if self.args.lora_dropout:
+                with self.dropout_mask(self.model_old):
+                    old = completion_logprobs(SplitModel(self.model_old), batch, self.args.temperature)[0]
+                    mx.eval(old)
+                batch = replace(batch, old_logprobs=mx.stop_gradient(old) * batch.mask)
             value, metrics, part = self.gradients(batch, *totals)
             loss += value
             parts.append(metrics)
             gradients = part if gradients is None else tree_map(mx.add, gradients, part)
             mx.eval(gradients)                # the sum, or the graphs of all passes would be held at once
-        norm = self.learner.update(gradients, learning_rate)
+        norm = self.learner.update(self.hooked(gradients), learning_rate)
         return {"loss": loss, "grad_norm": norm, **merge_metrics(parts)}
+
+    def hooked(self, gradients):
+        """The gradients after every callback's on_gradients."""
+        for callback in self.callbacks:
+            gradients = callback.on_gradients(self, gradients)
+        return gradients
+
+    @contextlib.contextmanager
+    def dropout_mask(self, model=None):
+        """Adapter dropout for one scoring pass, with the mask of this step: the old log-probs are scored under it too,
+        so that the ratio is 1 until the policy moves."""
+        model = model or self.model
+        if not self.args.lora_dropout:
+            yield
+            return
+        model.train()
+        mx.random.seed(hash((self.args.seed, self.step_count)) % 2**63)
+        try:
+            yield
+        finally:
+            model.eval()
 
     def sync_old(self):
         """model_old <- model. No copy where every step syncs and rollouts are not quantised; a copy shares its arrays
@@ -1750,7 +1906,7 @@ class SFTTrainer(MLXGRPOTrainer):
             gradients = part if gradients is None else tree_map(mx.add, gradients, part)
             mx.eval(gradients)
         learning_rate = learning_rate_at(step, self.total_steps, self.args)
-        norm = self.learner.update(gradients, learning_rate)
+        norm = self.learner.update(self.hooked(gradients), learning_rate)
         self.step_count, self.num_tokens = step, self.num_tokens + sum(b.tokens.size for b in batches)
         return {"step": step, "epoch": step * self.args.prompts_per_step / len(self.train_dataset),
                 "learning_rate": learning_rate, "loss": loss, "grad_norm": norm, "num_tokens": self.num_tokens,
@@ -1777,19 +1933,27 @@ OLD_POLICY = "old_policy.safetensors"      # model_old where it is older than th
 
 def save_checkpoint(path, learner, tokenizer, state, model_old=None):
     """Write a model directory with float32 weights (model.safetensors, sharded when large; config.json; tokenizer;
-    generation_config.json), optimizer.safetensors and trainer_state.json, under a temporary name, then rename it."""
+    generation_config.json), or adapters in mlx-lm's format, and optimizer.safetensors and trainer_state.json; under a
+    temporary name, then rename it."""
     from mlx_grpo.files import atomic_directory
 
     source = Path(learner.model.source_path)
-    config = json.loads((source / "config.json").read_text())
-    config["torch_dtype"] = config["dtype"] = "float32"
     with atomic_directory(path, replace=True) as work:
-        save_weights(work, dict(tree_flatten(learner.model.parameters())) | dict(tree_flatten(learner.master)))
-        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if learner.config.fine_tune_type == "full":
+            save_weights(work, dict(tree_flatten(learner.model.parameters())) | dict(tree_flatten(learner.master)))
+            config = json.loads((source / "config.json").read_text())
+            config["torch_dtype"] = config["dtype"] = learner.config.optimizer_dtype
+            (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            for file in [source / "generation_config.json", *source.glob("*.py")]:
+                if file.exists():
+                    (work / file.name).write_bytes(file.read_bytes())
+        else:
+            save_arrays(work / "adapters.safetensors", dict(tree_flatten(learner.master)))
+            layers = learner.config.lora_layers if learner.config.lora_layers >= 0 else len(learner.model.layers)
+            adapter = {"fine_tune_type": learner.config.fine_tune_type, "num_layers": layers,
+                       "lora_parameters": lora_parameters(learner.config), "model": learner.config.model_name}
+            (work / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
         save_tokenizer(tokenizer, work)
-        for file in [source / "generation_config.json", *source.glob("*.py")]:
-            if file.exists():
-                (work / file.name).write_bytes(file.read_bytes())
         save_arrays(work / "optimizer.safetensors", dict(tree_flatten(learner.optimizer.state)))
         if model_old is not None:
             save_arrays(work / OLD_POLICY, dict(tree_flatten(model_old.parameters())))
@@ -1826,11 +1990,15 @@ def save_tokenizer(tokenizer, directory):
 
 def load_checkpoint(path, learner):
     """Put a checkpoint's weights and moments into the learner; returns its trainer state."""
+    full = learner.config.fine_tune_type == "full"
     weights = {}
-    for file in sorted(Path(path).glob("model*.safetensors")):
+    for file in sorted(Path(path).glob("model*.safetensors" if full else "adapters.safetensors")):
         weights |= mx.load(str(file))
-    learner.model.load_weights(list(weights.items()))
-    learner.master = cast_floats(learner.model.trainable_parameters(), mx.float32)
+    if not weights:
+        raise UserError(f"{path} holds no {'weights' if full else 'adapters'}; it was not saved by a run with "
+                        f"fine_tune_type = {learner.config.fine_tune_type!r}")
+    learner.model.load_weights(list(weights.items()), strict=full)
+    learner.master = cast_floats(learner.model.trainable_parameters(), learner.master_dtype)
     learner.model.update(cast_floats(learner.model.parameters(), learner.dtype))
     learner.optimizer.state = tree_unflatten(list(mx.load(str(Path(path) / "optimizer.safetensors")).items()))
     mx.eval(learner.master, learner.model.parameters(), learner.optimizer.state)
@@ -1976,6 +2144,7 @@ def train_command(args):
           f"{mx.default_device()} | {len(trainer.train_dataset)} problems, {len(trainer.eval_dataset)} held out | "
           f"{trainer.total_steps} steps of {config.prompts_per_step} prompts"
           + (f" x {config.num_generations}" if args.command == "train" else "") + f" | {run_dir}", flush=True)
+    print(trainer.learner.description(), flush=True)
     if not tokenizer.has_chat_template:
         print("the tokenizer has no chat template: messages are joined as plain text", file=sys.stderr)
     started = time.perf_counter()

@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
-import mlx_grpo  # noqa: F401
-import pytest
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # tiny matrices: threads cost more than they give
+
+import mlx_grpo  # noqa: E402, F401
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
