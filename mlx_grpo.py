@@ -2289,7 +2289,7 @@ def make_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name, (function, help) in COMMANDS.items():
         sub = commands.add_parser(name, help=help, description=inspect.getdoc(function))
-        sub.set_defaults(run=function)
+        sub.set_defaults(function=function)
         if name == "report":
             sub.add_argument("run", help="a run's directory")
             continue
@@ -2310,7 +2310,7 @@ def main(argv=None):
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
         argv.insert(0, "train")
     args = make_parser().parse_args(argv)
-    return args.run(args)
+    return args.function(args)
 
 
 def console():
