@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, require
 from fake_hub import fake_hub
 from mlx.utils import tree_flatten
+from nanochat_fixtures import STORED, converted, folder
 from tiny_hf import FAMILIES, edit_json, mlx_logits, random_tokens, save_tiny, save_tokenizer, torch_logits
 
 from mlx_grpo import UserError, convert_model, model_files
@@ -122,6 +123,29 @@ def test_dequantising_gives_the_quantised_model_as_floats(qwen, tmp_path):
     assert np.abs(mlx_logits(quantized, tokens) - mlx_logits(floats, tokens)).max() < 1e-4
     assert not any("scales" in name for name, _ in tree_flatten(floats.parameters()))
     assert verify(options, quiet)
+
+
+@pytest.mark.parametrize("generation", STORED)
+def test_a_nanochat_of_every_generation_is_quantised_and_opens_with_its_tokenizer(generation, tmp_path):
+    from mlx_grpo import load_model
+    converted(folder(generation), tmp_path / "mlx")
+    options = run(tmp_path / "mlx", tmp_path / "q", "-q", "--bits", "8", "--dtype", "float32")
+    assert verify(options, quiet)
+    assert json.loads((tmp_path / "q" / "conversion.json").read_text())["verified"]["kl"] < 0.02
+    model, tokenizer = load_model(str(tmp_path / "q"))
+    assert tokenizer.encode("2 + 2") == load_model(str(tmp_path / "mlx"))[1].encode("2 + 2")
+    assert any(name.endswith("scales") for name, _ in tree_flatten(model.parameters()))
+    assert sorted(p.name for p in (tmp_path / "q").glob("*.py")) == sorted(p.name for p in (tmp_path / "mlx").glob("*.py"))
+
+
+def test_an_mlx_directory_is_verified_against_itself_in_mlx(tmp_path):
+    """mlx-lm keeps GPT-2's matrices transposed and under other names: transformers would read noise."""
+    save_tiny(tmp_path / "hf", "gpt2")
+    save_tokenizer(tmp_path / "hf")
+    run(tmp_path / "hf", tmp_path / "a", "--dtype", "float32")
+    options = run(tmp_path / "a", tmp_path / "b", "--dtype", "float32")
+    assert verify(options, quiet)
+    assert json.loads((tmp_path / "b" / "conversion.json").read_text())["verified"]["against"] == "its source in MLX"
 
 
 def test_the_estimate_of_what_will_be_written_is_near_and_not_below(qwen, tmp_path):

@@ -497,9 +497,12 @@ class Terminal:
     def type(self, text):
         os.write(self.handle, text.encode())
 
-    def exit_code(self):
+    def exit_code(self, timeout=60):
         """Wait for the end; the rest of the output goes to `seen`."""
         while True:
+            if not select.select([self.handle], [], [], timeout)[0]:
+                os.kill(self.process_id, signal.SIGKILL)
+                raise AssertionError(f"didn't end; it said {self.seen!r}")
             try:
                 piece = os.read(self.handle, 4096)
             except OSError:
@@ -553,6 +556,7 @@ def test_leaving_a_conversation_is_clean(how, qwen_path, tmp_path):
         time.sleep(0.5)
         terminal.type("\x03")
     else:
+        time.sleep(0.3)     # a signal between the prompt and its read waits for the next key, as in any Python program
         terminal.type("\x04" if how == "ctrl-d" else "\x03")
     assert terminal.exit_code() == 0
     assert "Traceback" not in terminal.seen and terminal.seen.endswith("\n")

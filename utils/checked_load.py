@@ -8,6 +8,7 @@ where a safetensors header doesn't fit its file. No file of the directory runs c
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def check_safetensors(path):
     return {name: entry[:2] for name, entry in tensors.items()}
 
 
+def is_mlx(path):
+    """Whether the weights in a directory were written by mlx-lm, whose names and layouts may differ from transformers'."""
+    for file in sorted(Path(path).glob("model*.safetensors")):
+        with open(file, "rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        return header.get("__metadata__", {}).get("format") == "mlx"
+    return False
+
+
 def check_files(path):
     """Check that `path` holds a whole model in safetensors. Returns {tensor name: (dtype, shape)}. Raises UserError."""
     path = Path(path)
@@ -118,6 +128,9 @@ def load_checked(path, *, changes=None, lazy=False, trust_remote_code=False):
         if (path / name).is_file():
             read_json(path / name)
     config = load_config(path) | (changes or {})
+    own_file = register_nanochat(config)
+    if own_file:
+        config["model_file"] = None         # the project's own class, not the directory's
     reason = unsupported_reason(config)
     if reason:
         raise UserError(f"{path}: {reason}")
@@ -130,7 +143,17 @@ def load_checked(path, *, changes=None, lazy=False, trust_remote_code=False):
                                trust_remote_code=trust_remote_code)
     if type(model).__name__ == "Checked":
         model.__class__ = type(model).__mro__[1]      # the checks are done: an ordinary model from here on
-    return model, config, report
+    return model, config | ({"model_file": own_file} if own_file else {}), report
+
+
+def register_nanochat(config):
+    """Let mlx-lm find our model of nanochat's later generations where `config` is of one. Returns the name of the model
+    file that lies beside such weights, for those who open them without this project; None for other models."""
+    from mlx_grpo import nanochat_model
+    if config.get("model_type") != nanochat_model.MODEL_TYPE:
+        return None
+    sys.modules[f"mlx_lm.models.{nanochat_model.MODEL_TYPE}"] = nanochat_model
+    return Path(config.get("model_file") or f"{nanochat_model.MODEL_TYPE}.py").name
 
 
 def checked_classes(config, path, report):

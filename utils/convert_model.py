@@ -12,6 +12,7 @@ what was done.
 
 import argparse
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # runs from a plain clone, from any directory
 
 from mlx_grpo import UserError, run_command  # noqa: E402
-from mlx_grpo.checked_load import check_files, load_checked, read_json  # noqa: E402
+from mlx_grpo import nanochat_model  # noqa: E402
+from mlx_grpo.checked_load import check_files, is_mlx, load_checked, read_json, register_nanochat  # noqa: E402
 from mlx_grpo.files import atomic_directory, check_free_space, human_bytes  # noqa: E402
 from mlx_grpo.hub_files import fetch_model  # noqa: E402
 from mlx_grpo.model_config import config_notes, normalize_config, supported_architectures  # noqa: E402
@@ -52,6 +54,8 @@ def convert(options, say=print):
     with atomic_directory(options.output_dir) as work:
         write_weights(model, config, work)
         copy_tokenizer(source, work, options.trust_remote_code)
+        if register_nanochat(config):
+            shutil.copyfile(nanochat_model.__file__, work / config["model_file"])
         if options.eos_token:
             set_eos_token(work, config, tokenizer, options.eos_token)
         write_card(source, work, options.upload_repo or Path(options.output_dir).name, options.hf_path)
@@ -146,23 +150,23 @@ def check_finite(work, dtype):
 
 def verify(options, say=print):
     """Compare the written directory, opened as plain mlx-lm does, with its source, print the result and add it to
-    conversion.json. Returns whether it passed."""
+    conversion.json. The reference is transformers for a source in its format, else the source itself opened in MLX.
+    Returns whether it passed."""
     from mlx_grpo import model_check
-    from mlx_lm.utils import load_model
     source, target = fetch_model(options.hf_path, options.revision, options.trust_remote_code), Path(options.output_dir)
     config = read_json(target / "config.json")
     tokenizer = open_tokenizer(source, config, None, options.trust_remote_code)
     sequences = model_check.check_sequences(tokenizer, config.get("vocab_size") or config["text_config"]["vocab_size"])
-    source_is_float = "quantization" not in load_checked(source, lazy=True, trust_remote_code=options.trust_remote_code)[1]
-    if "quantization" not in config and source_is_float:
-        theirs, what = model_check.torch_logits(source, sequences, options.dtype, options.trust_remote_code), "transformers"
+    source_model, source_config, _ = load_checked(source, lazy=True, trust_remote_code=options.trust_remote_code)
+    quantizing = "quantization" in config and "quantization" not in source_config
+    if quantizing or is_mlx(source) or "quantization" in source_config:
+        theirs = model_check.mlx_logits(model_check.in_float32(source_model), sequences)
+        what = "its unquantised source" if quantizing else "its source in MLX"
     else:
-        theirs = model_check.mlx_logits(model_check.in_float32(load_checked(
-            source, trust_remote_code=options.trust_remote_code)[0]), sequences)
-        what = "its unquantised source" if source_is_float else "its quantised source"
-    ours = model_check.mlx_logits(model_check.in_float32(
-        load_model(target, trust_remote_code=options.trust_remote_code)[0]), sequences)
-    if "quantization" in config and source_is_float:
+        theirs, what = model_check.torch_logits(source, sequences, options.dtype, options.trust_remote_code), "transformers"
+    del source_model        # its memory, before the next one is opened
+    ours = model_check.mlx_logits(model_check.in_float32(open_plainly(target, config, options)), sequences)
+    if quantizing:
         result = model_check.compare_distributions(ours, theirs, sequences)
         say(f"against {what}: KL {result['kl']:.4f} nats per token, perplexity {result['perplexity']:.2f} "
             f"(source {result['source_perplexity']:.2f}), same likeliest token {result['same_top_token']:.1%}")
@@ -173,6 +177,13 @@ def verify(options, say=print):
     path = target / "conversion.json"
     path.write_text(json.dumps(read_json(path) | {"verified": result | {"against": what}}, indent=2) + "\n")
     return result["passed"]
+
+
+def open_plainly(target, config, options):
+    """The model of a written directory as mlx-lm alone opens it, without our mending; nanochat's by our own class."""
+    from mlx_lm.utils import load_model
+    changes = {"model_file": None} if register_nanochat(config) else {}
+    return load_model(target, model_config=changes, trust_remote_code=options.trust_remote_code)[0]
 
 
 def tell_config(source, config, say):

@@ -42,18 +42,23 @@ class Chat:
 
     def prompt_ids(self):
         """Ids of the conversation up to the reply that is now due."""
+        tail = self.ids and self.tail_ids()
+        return self.ids + tail if tail else template_ids(self.session.tokenizer, self.messages)
+
+    def tail_ids(self):
+        """Ids of what the template puts between the last reply and the one due: the difference that an empty reply makes.
+        None where the template changes earlier replies (drops their reasoning, say) or takes no empty ones."""
         tokenizer, last = self.session.tokenizer, len(self.messages) - 2        # where the last reply is
-        if not self.ids:
-            return template_ids(tokenizer, self.messages)
-        text = lambda messages, due: str(render(tokenizer, messages, due, tokenize=False))
-        emptied = [*self.messages[:last], {"role": "assistant", "content": ""}, self.messages[-1]]
-        before, empty, full = text(self.messages[:last], True), text(emptied, True), text(self.messages, True)
-        before_ids, empty_ids = template_ids(tokenizer, self.messages[:last]), template_ids(tokenizer, emptied)
-        reply = self.messages[last]["content"]
-        as_it_was = empty.startswith(before) and full == before + reply + empty[len(before):]
-        if as_it_was and empty_ids[:len(before_ids)] == before_ids:
-            return self.ids + empty_ids[len(before_ids):]
-        return template_ids(tokenizer, self.messages)   # the template changes earlier replies (drops their reasoning, say)
+        before, reply = self.messages[:last], self.messages[last]
+        emptied = [*before, {"role": "assistant", "content": ""}, self.messages[-1]]
+        try:
+            told, empty, full = (str(render(tokenizer, messages, True, tokenize=False))
+                                 for messages in (before, emptied, self.messages))
+            told_ids, empty_ids = template_ids(tokenizer, before), template_ids(tokenizer, emptied)
+        except UserError:       # the template's own refusal; rendering the whole conversation tells whether it stands
+            return None
+        kept = empty.startswith(told) and full == told + reply["content"] + empty[len(told):]
+        return empty_ids[len(told_ids):] if kept and empty_ids[:len(told_ids)] == told_ids else None
 
     def say(self, text):
         """Add the user's message; yields the reply piece by piece and adds it. A message that fails is taken back."""

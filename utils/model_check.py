@@ -37,11 +37,15 @@ def torch_logits(path, sequences, dtype, trust_remote_code=False):
         raise UserError("--verify compares with transformers and needs torch: pip install torch") from error
     import transformers
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation="eager")
+        model, keys = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation="eager",
+            output_loading_info=True)
     except (ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--verify: transformers can't open {path}: {reason}; convert without --verify") from error
+    if keys["missing_keys"]:
+        raise UserError(f"--verify: transformers finds no weights for {sorted(keys['missing_keys'])[0]} in {path}, so it can't "
+                        "be the measure; convert without --verify")
     model.eval()
     with torch.no_grad():
         for weight in model.parameters():       # the weights only: buffers, such as Gemma's scale, aren't stored

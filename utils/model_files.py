@@ -9,7 +9,7 @@ from mlx_grpo.checked_load import read_json
 from mlx_grpo.hub_files import hub_trouble
 
 TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-                   "*.tiktoken", "tiktoken.model", "chat_template*", "additional_chat_templates/*", "generation_config.json")
+                   "*.tiktoken", "tiktoken.model", "tokenizer.pkl", "chat_template*", "additional_chat_templates/*", "generation_config.json")
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 
