@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, require
+from mlx.utils import tree_flatten
 from mlx_grpo import UserError, nanochat_verify
 from mlx_grpo import nanochat_checkpoint as checkpoint
 from mlx_grpo.nanochat_tokenizer import SPECIAL_TOKENS, encoding_from_json
@@ -555,3 +556,41 @@ def test_the_checkpoint_readers_agree_on_every_fixture():
         tensors = read_torch_checkpoint(files.model)
         number = checkpoint.classify(tensors, files.model).number
         assert f"gen{number}" == generation
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+def test_the_newest_generation_trains_with_grpo_and_goes_home(tmp_path):
+    """Three GRPO steps from the converted checkpoint to a checkpoint of the run and back to nanochat's format. The
+    reward is the share of even token ids: nothing the model knows, so every group has a spread. The prompts are longer
+    than both windows (128 and 256 tokens)."""
+    require("torch")
+    from mlx_grpo import MLXGRPOConfig, MLXGRPOTrainer, load_model, load_problems
+
+    def even_reward(completion_ids, **_):
+        return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+    converted(folder("gen5"), tmp_path / "mlx")
+    config = MLXGRPOConfig(
+        model_name=str(tmp_path / "mlx"), dataset="synthetic:chain", system_prompt="Be brief. " * 60,
+        max_train_samples=8, num_generations=4, batch_size=2, max_steps=3, max_new_tokens=12, max_completion_length=12,
+        learning_rate=1e-3, lr_scheduler_type="constant", temperature=1.0, kl_coeff=0.1, update_every=1, eval_samples=0,
+        save_steps=0, log_jsonl=False)
+    problems, held_out = load_problems(config)
+    model, tokenizer = load_model(config.model_name)
+    before = {name: np.array(value) for name, value in tree_flatten(model.parameters())}
+    trainer = MLXGRPOTrainer(model, tokenizer, [even_reward], config, problems, held_out, run_dir=tmp_path / "run")
+    for step in range(3):
+        metrics = trainer.step(problems[2 * step:2 * step + 2])
+        assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0 and metrics["reward_std"] > 0
+        # What was sampled through the caches has the probability that the training pass gives it.
+        assert metrics["sampling/sampling_logp_difference/max"] < 1e-3
+    trainer.save_checkpoint(tmp_path / "run/step-3")
+    weights = mx.load(str(tmp_path / "run/step-3/model.safetensors"))
+    assert weights.keys() == before.keys()
+    assert all((before[name] != np.array(value)).any() for name, value in weights.items())     # nothing stood still
+    convert_nanochat.main(["--to-pytorch", str(tmp_path / "run/step-3"), "--output-dir", str(tmp_path / "home")])
+    record = converted(tmp_path / "home", tmp_path / "again", verify=True)
+    assert record["verification"]["passed"] and record["source"]["generation"] == 5
+    kept = mx.load(str(tmp_path / "again/model.safetensors"))
+    assert mx.array_equal(kept["lm_head.weight"], weights["lm_head.weight"])

@@ -108,8 +108,12 @@ class Block(nn.Module):
             width = args.num_key_value_heads * args.hidden_size // args.num_attention_heads
             self.value_embed = nn.Embedding(args.vocab_size, width)
 
-    def __call__(self, x, ids, mask, cache):
-        value_embeds = self.value_embed(ids) if "value_embed" in self else None
+    def value_embeds(self, ids):
+        """(B, L, kv_heads * head_dim), or None in a layer without. Apart from the call, whose inputs all must have a
+        gradient where a block is recomputed in the backward pass (mx.checkpoint); token ids have none."""
+        return self.value_embed(ids) if "value_embed" in self else None
+
+    def __call__(self, x, value_embeds, mask, cache):
         x = x + self.attn(rms_norm(x, self.eps), value_embeds, mask, cache)
         return x + self.mlp(rms_norm(x, self.eps))
 
@@ -173,7 +177,7 @@ class Transformer(nn.Module):
         for layer, (block, mask) in enumerate(zip(self.h, self.masks(x, caches))):
             if args.residual_lambdas:
                 x = resid_lambdas[layer] * x + x0_lambdas[layer] * x0
-            x = block(x, inputs, mask, caches[layer])
+            x = block(x, block.value_embeds(inputs), mask, caches[layer])
             if layer == args.backout_layer:
                 middle = x
         if middle is not None:
