@@ -261,6 +261,9 @@ def main(argv=None):
     from huggingface_hub.constants import HF_HUB_CACHE
     from mlx_grpo import nanochat_verify
     root = download(args.repo, args.step, args.cache_dir) if args.repo else args.cache_dir or HF_HUB_CACHE
+    if not args.cache_dir and not Path(root).is_dir():
+        raise UserError(f"no hub cache at {root} yet: name the checkpoint's folder with --cache-dir, or download one "
+                        "with --repo sdobson/nanochat")
     files = checkpoint.find_checkpoint(root, args.step, args.tokenizer)
     verify = nanochat_verify.torch_is_there() if args.verify is None else args.verify
     possible = nanochat_verify.torch_is_there() or nanochat_verify.stored_reference(files.model.parent)

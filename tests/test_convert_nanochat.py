@@ -464,6 +464,7 @@ REFUSALS = {
     "meta is no JSON": (lambda f: next(f.glob("meta_*")).write_text("{"), "not JSON"),
     "no model_config": (lambda f: next(f.glob("meta_*")).write_text("{}"), "no model_config"),
     "new option": (lambda f: edit_meta(f, moe_experts=4), "unknown model_config entry 'moe_experts'"),
+    "many layers": (lambda f: edit_meta(f, n_layer=2_000_000_000), "35 parameters for 2000000000 layers"),
     "negative size": (lambda f: edit_meta(f, n_layer=-1), "n_layer is -1"),
     "missing size": (lambda f: edit_meta(f, n_head=None), "n_head is None"),
     "window letter": (lambda f: edit_meta(f, window_pattern="SSXL"), "window_pattern 'SSXL'"),
@@ -514,6 +515,12 @@ def test_options_that_make_no_sense_are_refused_by_name(tmp_path, monkeypatch, a
     with pytest.raises(UserError, match=reason):
         convert_nanochat.main(arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_hub_cache_it_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="no hub cache at .*--cache-dir.*--repo"):
+        convert_nanochat.main([])
 
 
 def test_an_output_directory_in_use_and_a_full_disk_are_refused_before_work(tmp_path, monkeypatch):

@@ -7,10 +7,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
+from mlx_grpo import TiktokenTokenizerWrapper
 from mlx_grpo import nanochat_checkpoint as checkpoint
 from mlx_grpo.nanochat_model import Block, Model, ModelArgs
-from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_grpo.nanochat_tokenizer import ByteDetokenizer, read_encoding
+from mlx_lm.generate import BatchGenerator, generate_step, stream_generate
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from nanochat_fixtures import STORED, TINY, converted, folder, load, mean_loss, reference
 
 LIMIT = 1e-4                 # measured: 8e-5 for generation 1 (mlx-lm's own model, eps 1e-5), 7e-6 for the others
@@ -116,6 +119,20 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(directories, generation):
             late = generator.insert(prompts[4:])[0]
             tokens[late] = []
     assert list(tokens.values()) == alone
+
+
+def test_mlx_lm_streams_text_and_stops_at_either_end_token(directories):
+    """With the tiktoken wrapper inside mlx-lm's own: whole characters only, the text of the tokens, both end tokens."""
+    model, encoding = load(directories["gen5"])[0], read_encoding(directories["gen5"])
+    tiktoken_wrapper = TiktokenTokenizerWrapper(encoding)
+    tokenizer = TokenizerWrapper(tiktoken_wrapper, ByteDetokenizer, eos_token_ids=tiktoken_wrapper.eos_token_ids)
+    prompt = reference("gen5")["prompt_0"].tolist()
+    pieces = list(stream_generate(model, tokenizer, prompt, max_tokens=24))
+    assert "".join(piece.text for piece in pieces) == encoding.decode(reference("gen5")["greedy_0"].tolist())
+    for end in tiktoken_wrapper.eos_token_ids:
+        force = lambda tokens, logits, end=end: mx.where(mx.arange(777) == end, 99.0, logits)
+        *_, last = stream_generate(model, tokenizer, prompt, max_tokens=24, logits_processors=[force])
+        assert (last.finish_reason, last.generation_tokens, last.text) == ("stop", 1, "")
 
 
 @pytest.mark.parametrize("generation", STORED)

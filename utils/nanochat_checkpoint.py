@@ -233,6 +233,9 @@ def check_parameters(tensors, generation, sizes, source):
     if rows < sizes["vocab_size"]:
         raise UserError(f"{source}: {rows} embeddings for a vocabulary of {sizes['vocab_size']}: model and meta don't "
                         "belong together")
+    if sizes["n_layer"] > len(tensors):
+        raise UserError(f"{source}: {len(tensors)} parameters for {sizes['n_layer']} layers: model and meta don't "
+                        "belong together")
     expected = expected_shapes(generation, sizes, rows)
     faults = [("missing", sorted(expected.keys() - tensors.keys())),
               ("unknown", sorted(tensors.keys() - expected.keys())),
