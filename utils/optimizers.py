@@ -21,8 +21,8 @@ muon         Jordan et al. 2024 with decoupled decay (Moonlight, arXiv 2502.1698
              to the gradient, where orthogonalisation undoes its size.
 
 nanochat's RL is optimizer = "muon", matrix 0.02, embedding 0.2 / sqrt(d / 768), head 0.004 / sqrt(d / 768) with d the
-width, all times an initial 0.05, linear to 0, adam_beta1 = 0.8, adam_beta2 = 0.95, no decay. Its Adam has eps 1e-10, ours
-1e-8; it runs Newton-Schulz in bfloat16, we in float32.
+width, all times an initial 0.05, linear to 0, adam_beta1 = 0.8, adam_beta2 = 0.95, no decay. Its Adam has eps 1e-10,
+ours 1e-8; it runs Newton-Schulz in bfloat16, we in float32.
 """
 
 import hashlib
@@ -60,8 +60,8 @@ def group_of(name, shape):
 # ---- Muon ------------------------------------------------------------------------------------------------------------
 
 def orthogonalize(x, steps=5):
-    """(..., rows, columns) -> the same with singular values near 1 (0.7 to 1.2): Jordan's quintic Newton-Schulz. A stack
-    of matrices, a mixture's experts for instance, is done matrix by matrix."""
+    """(..., rows, columns) -> the same with singular values near 1 (0.7 to 1.2): Jordan's quintic Newton-Schulz. A
+    stack of matrices, a mixture's experts for instance, is done matrix by matrix."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[-2] > x.shape[-1]
     x = x.swapaxes(-1, -2) if tall else x
@@ -150,7 +150,8 @@ class GroupedOptimizer(optim.Optimizer):
             if self.dtype == mx.float32:
                 updated |= tree_flatten(optimizer.apply_gradients(part, wide), destination={})
             else:
-                optimizer.state = tree_map(lambda s: s.astype(mx.float32) if s.dtype == self.dtype else s, optimizer.state)
+                widened = lambda s: s.astype(mx.float32) if s.dtype == self.dtype else s
+                optimizer.state = tree_map(widened, optimizer.state)
                 found = tree_flatten(optimizer.apply_gradients(part, wide), destination={})
                 del part, wide                        # what Python holds stays in memory once it is computed
                 updated |= self.narrow(optimizer, found)
@@ -186,9 +187,9 @@ class GroupedOptimizer(optim.Optimizer):
         kind = lambda arrays, key: f"{arrays[key].shape} {arrays[key].dtype}" if key in arrays else "missing"
         for key in expected | given if self.strict else expected:
             if kind(expected, key) != kind(given, key):
-                raise UserError(f"the optimizer state is of another optimizer, optimizer_dtype or set of weights: {key} is "
-                                f"{kind(given, key)} there, {kind(expected, key)} here; use the configuration it was "
-                                "trained with")
+                raise UserError("the optimizer state is of another optimizer, optimizer_dtype or set of weights: "
+                                f"{key} is {kind(given, key)} there, {kind(expected, key)} here; use the configuration "
+                                "it was trained with")
         self._state = {key: state[key] for key in ("step", "learning_rate")}
         for group, optimizer in self.optimizers.items():
             optimizer.state = state[group]
