@@ -1532,13 +1532,13 @@ class Learner:
     the model gets its weights cast to the compute dtype. In float32 both are the same arrays."""
 
     def __init__(self, model, config, dtype):
-        import mlx.optimizers as optim
+        from mlx_grpo.optimizers import make_optimizer
+
         prepare_trainable(model, config)
         self.model, self.config, self.dtype = model, config, dtype
         self.master_dtype = getattr(mx, config.optimizer_dtype)
         self.master = cast_floats(model.trainable_parameters(), self.master_dtype)
-        self.optimizer = optim.AdamW(config.learning_rate, betas=[config.adam_beta1, config.adam_beta2],
-                                     weight_decay=config.weight_decay, bias_correction=True)
+        self.optimizer = make_optimizer(config, self.master)
         self.optimizer.init(self.master)
         self.model.update(cast_floats(model.parameters(), dtype))
         mx.eval(self.master, self.model.parameters())
