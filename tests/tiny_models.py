@@ -19,9 +19,9 @@ QUICK = dict(  # a run of a second, whose rewards differ and whose weights move
     eval_every_updates=0, learning_rate=1e-3, max_grad_norm=1.0, lr_scheduler_type="constant", update_every=1)
 
 
-def tiny_qwen2(directory, seed=0, **changes):
-    """Write a random float32 Qwen2-shaped model of 30 thousand parameters with a ChatML tokenizer of bytes; returns the
-    directory as text."""
+def tiny_qwen2(directory, seed=0, chat_template=CHATML, **changes):
+    """Write a random float32 Qwen2-shaped model of 30 thousand parameters with a tokenizer of bytes; returns the directory
+    as text."""
     from mlx_lm.models.qwen2 import Model, ModelArgs
     from mlx_lm.utils import save_model
 
@@ -34,7 +34,7 @@ def tiny_qwen2(directory, seed=0, **changes):
                                     model.parameters()))
     save_model(directory, model)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    save_tokenizer(directory, CHATML, every_byte=True)
+    save_tokenizer(directory, chat_template, every_byte=True)
     return str(directory)
 
 
