@@ -1,0 +1,187 @@
+"""
+What the report draws: the charts and which metrics belong to them; and the main curves as a small SVG or, with
+matplotlib, a PNG for a README.
+"""
+
+import math
+from html import escape
+
+from mlx_grpo import UserError
+
+# series: label -> metric; a "*" in the metric stands for any name, which becomes the label. band: "around" a metric, by
+# another (mean and spread), or "between" two. zero: the axis starts at 0. stack: of the metric `total`, the rest is "other".
+CHARTS = [
+    {"title": "Reward", "note": "weighted sum, mean ± standard deviation",
+     "series": {"mean": "reward"}, "band": ["around", "reward", "reward_std"]},
+    {"title": "Reward by function", "note": "mean of each function, before weighting", "series": {"*": "rewards/*/mean"}},
+    {"title": "Exact match", "note": "share of problems answered right", "zero": True,
+     "series": {"held out": "eval/exact_match", "training subset": "eval_train/exact_match"}},
+    {"title": "Groups without a signal", "note": "share of groups with equal rewards, which teach nothing",
+     "zero": True, "series": {"share": "frac_reward_zero_std"}},
+    {"title": "Completion length", "note": "tokens; the band is shortest to longest", "zero": True,
+     "series": {"mean": "completions/mean_length", "mean of ended": "completions/mean_terminated_length"},
+     "band": ["between", "completions/min_length", "completions/max_length"]},
+    {"title": "Cut at the length limit", "note": "share of completions without an end token", "zero": True,
+     "series": {"share": "completions/clipped_ratio"}},
+    {"title": "KL to the reference", "note": "nats per token; 0 where kl_coeff is 0", "zero": True, "series": {"kl": "kl"}},
+    {"title": "Entropy", "note": "nats per token; near 0 nothing new is tried",
+     "zero": True, "series": {"entropy": "entropy"}},
+    {"title": "Clip fraction", "note": "share of tokens whose ratio was clipped", "zero": True,
+     "series": {"either": "clip_ratio/region_mean", "low": "clip_ratio/low_mean", "high": "clip_ratio/high_mean"}},
+    {"title": "Sampler-trainer gap", "note": "of a token's log-prob, sampled against trained, nats",
+     "zero": True, "series": {"mean": "sampling/sampling_logp_difference/mean", "max": "sampling/sampling_logp_difference/max"}},
+    {"title": "Gradient norm", "note": "before clipping", "zero": True, "series": {"norm": "grad_norm"}},
+    {"title": "Loss", "note": "near 0 on policy whatever is learnt: watch the reward", "series": {"loss": "loss"}},
+    {"title": "Learning rate", "note": "of the update", "zero": True, "series": {"rate": "learning_rate"}},
+    {"title": "Memory", "note": "GB", "zero": True, "series": {"*": "*_gb"}},
+    {"title": "Time by phase", "note": "seconds of a step", "zero": True, "series": {"*": "*_s"}, "total": "step_time"},
+    {"title": "Health", "note": "the trainer's own checks; 0 is well", "series": {"*": "health/*"}},
+]
+README = ["Exact match", "Reward", "Reward by function", "Completion length", "Entropy", "KL to the reference"]
+COLORS = ["#2f6db5", "#c4622d", "#2e8b67", "#8a5fb0", "#a98a1f", "#b8435a", "#3f8fa3", "#777f8c"]
+
+
+def matching(pattern, keys):
+    """{label: key} of the keys that fit a metric with one "*", which stands for the label."""
+    head, _, tail = pattern.partition("*")
+    return {key[len(head):len(key) - len(tail)]: key for key in keys
+            if key.startswith(head) and key.endswith(tail) and len(key) > len(head) + len(tail)}
+
+
+def charts_for(keys):
+    """(charts, more) for these metrics: the known charts that have a metric, and one chart for each metric in none."""
+    keys = list(keys)
+    charts, used = [], set()
+    for chart in CHARTS:
+        series = {}
+        for label, metric in chart["series"].items():
+            series |= matching(metric, keys) if "*" in metric else {label: metric} if metric in keys else {}
+        wanted = [*chart.get("band", [])[1:], *([chart["total"]] if "total" in chart else [])]
+        if "total" in chart and chart["total"] in keys and not series:
+            series = {"step": chart["total"]}
+        used |= set(series.values()) | set(wanted)
+        if series:
+            band = chart.get("band") if all(key in keys for key in chart.get("band", [])[1:]) else None
+            charts.append(chart | {"series": series, "band": band, "named": any("*" in m for m in chart["series"].values())})
+    more = [{"title": key, "note": "", "series": {key: key}} for key in keys if key not in used | {"epoch"}]
+    return charts, more
+
+
+# ---- pictures for a README -------------------------------------------------------------------------------------------
+
+def smooth(values):
+    """The mean of each value and its neighbours, a twenty-fifth of the run together; short runs stay as they are.
+    smooth([0, 3, 0] * 20) is about 1 everywhere, smooth([0, 3, 0]) is [0, 3, 0]."""
+    reach = len(values) // 50
+    near = [values[max(0, i - reach):i + reach + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in near]
+
+
+def ticks(low, high, count=4):
+    """About `count` round numbers from low to high: ticks(0, 0.8) -> [0, 0.2, 0.4, 0.6, 0.8]."""
+    raw = (high - low) / count
+    scale = 10 ** math.floor(math.log10(raw))
+    size = next(m * scale for m in (1, 2, 5, 10) if m * scale >= raw * 0.999)
+    return [round(i * size, 12) for i in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)]
+
+
+def panels(runs, count=6):
+    """[(chart, [(label, color number, [(step, value)], the same smoothed)])] of at most `count` charts for a README;
+    what is 0 throughout is left out. Raises UserError where nothing is left."""
+    keys = dict.fromkeys(key for run in runs for key in run["metrics"])
+    charts = {chart["title"]: chart for chart in charts_for(keys)[0]}
+    found = []
+    for chart in [charts[title] for title in README if title in charts]:
+        lines = []
+        for r, run in enumerate(runs):
+            for s, (label, key) in enumerate(chart["series"].items()):
+                points = [(step, v) for step, v in zip(run["steps"], run["metrics"].get(key, [])) if v is not None]
+                if any(v for _, v in points):
+                    name = label if len(runs) == 1 else run["name"] if len(chart["series"]) == 1 else f"{run['name']} {label}"
+                    smoothed = list(zip([step for step, _ in points], smooth([v for _, v in points])))
+                    lines.append((name, (s if len(runs) == 1 else r) % len(COLORS), points, smoothed))
+        if lines:
+            found.append((chart, lines))
+    if not found:
+        raise UserError("the runs have no metrics to draw yet (looked for " + ", ".join(README) + ")")
+    return found[:count]
+
+
+def limits(chart, lines):
+    """(first step, last step, lowest, highest value) of a panel, never empty."""
+    points = [point for _, _, raw, _ in lines for point in raw]
+    steps, values = zip(*points)
+    low, high = min(values), max(values)
+    low = min(low, 0) if chart.get("zero") else low
+    margin = (high - low) * 0.05 or abs(high) * 0.1 or 1
+    return min(steps), max(max(steps), min(steps) + 1), low - margin * (low != 0), high + margin
+
+
+WIDTH, HEIGHT, LEFT, TOP = 320, 210, 42, 44       # of a panel and the margins of its axes, in pixels
+SVG_STYLE = """text { font: 11px system-ui, sans-serif; fill: #57606a } .title { font-size: 13px; font-weight: 600; fill: #1f2328 }
+.grid { stroke: #d0d7de; stroke-width: .5 } path { fill: none; stroke-width: 1.6; stroke-linejoin: round } .raw { opacity: .25; stroke-width: 1 }
+@media (prefers-color-scheme: dark) { text { fill: #9198a1 } .title { fill: #f0f6fc } .grid { stroke: #3d444d } }"""
+
+
+def svg_panel(chart, lines, left, top):
+    """One chart as SVG elements, its corner at (left, top)."""
+    first, last, low, high = limits(chart, lines)
+    width, height = WIDTH - LEFT - 16, HEIGHT - TOP - 26
+    x = lambda step: left + LEFT + (step - first) / (last - first) * width
+    y = lambda value: top + TOP + (1 - (value - low) / (high - low)) * height
+    path = lambda points: "M" + "L".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+    parts = [f'<text class="title" x="{left + LEFT}" y="{top + 16}">{escape(chart["title"])}</text>']
+    for value in ticks(low, high):
+        parts += [f'<path class="grid" d="M{x(first):.1f},{y(value):.1f}H{x(last):.1f}"/>',
+                  f'<text x="{left + LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>']
+    for step in [step for step in ticks(first, last) if step == int(step)]:
+        parts.append(f'<text x="{x(step):.1f}" y="{top + HEIGHT - 8}" text-anchor="middle">{step:g}</text>')
+    for _, color, raw, smoothed in lines:
+        if raw != smoothed:
+            parts.append(f'<path class="raw" stroke="{COLORS[color]}" d="{path(raw)}"/>')
+        parts.append(f'<path stroke="{COLORS[color]}" d="{path(smoothed)}"/>')
+    place = left + LEFT
+    for label, color, _, _ in lines if len(lines) > 1 else []:
+        parts += [f'<path stroke="{COLORS[color]}" d="M{place},{top + 29}h10"/>',
+                  f'<text x="{place + 14}" y="{top + 33}">{escape(label)}</text>']
+        place += 24 + 6 * len(label)
+    return parts
+
+
+def curves_svg(runs):
+    """The curves of runs (Run.summary) as an SVG text that follows the reader's light or dark mode."""
+    shown = panels(runs)
+    columns = min(3, len(shown))
+    width, height = columns * WIDTH, math.ceil(len(shown) / columns) * HEIGHT
+    parts = [part for i, (chart, lines) in enumerate(shown)
+             for part in svg_panel(chart, lines, i % columns * WIDTH, i // columns * HEIGHT)]
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
+    return "\n".join([head, f"<title>{escape(', '.join(run['name'] for run in runs))}</title>", f"<style>{SVG_STYLE}</style>",
+                      *parts, "</svg>", ""])
+
+
+def curves_png(runs, file):
+    """The same curves as a PNG. Raises UserError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("--png needs matplotlib: pip install matplotlib (--svg needs nothing)") from error
+    shown = panels(runs)
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(4 * columns, 2.7 * rows), layout="constrained")
+    for axes, (chart, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, shown):
+        for label, color, raw, smoothed in lines:
+            axes.plot(*zip(*smoothed), color=COLORS[color], label=label, linewidth=1.5)
+            if raw != smoothed:
+                axes.plot(*zip(*raw), color=COLORS[color], alpha=0.25, linewidth=0.8)
+        axes.set_title(chart["title"], fontsize=10, loc="left")
+        axes.set_ylim(*limits(chart, lines)[2:])
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(lines) > 1:
+            axes.legend(fontsize=7, frameon=False)
+    for axes in list(figure.axes)[len(shown):]:
+        axes.remove()
+    figure.savefig(file, dpi=150, format="png")
