@@ -3,9 +3,9 @@ Peak anonymous memory of converting a synthetic model to NeMo and back (mapped p
 
     python benchmarks/nemo_memory.py [--gb 2.0] [--format nemo2|bridge|nemo1] [--directory DIR]
 
-Writes a Llama of about --gb gigabytes (bfloat16, random bits), converts it both ways, each in a process of its own that samples
-RssAnon every 2 ms, and compares the result with the source bit for bit. Needs about four times --gb of disk. Where there is no
-/proc (macOS), the peak resident size stands in, which is larger.
+Writes a Llama of about --gb gigabytes (bfloat16, random bits), converts it both ways, each in a process of its own that
+samples RssAnon every 2 ms, and compares the result with the source bit for bit. Needs about four times --gb of disk.
+Where there is no /proc (macOS), the peak resident size stands in, which is larger.
 """
 
 import argparse
@@ -22,19 +22,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlx_grpo import run_command                                    # noqa: E402
 from mlx_grpo.nemo_convert import export_hf, import_hf              # noqa: E402
-from mlx_grpo.nemo_families import FAMILIES                         # noqa: E402
+from mlx_grpo.nemo_families import FAMILIES, dims_of                 # noqa: E402
 from mlx_grpo.nemo_hf import HFSource, HFWriter                     # noqa: E402
 from mlx_grpo.nemo_job import resumable                             # noqa: E402
-from mlx_grpo.nemo_weights import hf_names, instances, part_rows, same_bits, shape_of, dims_of    # noqa: E402
+from mlx_grpo.nemo_layout import hf_names, instances, part_rows, same_bits, shape_of    # noqa: E402
 
-SIZES = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+SIZES = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8,
+         "head_dim": 64,
          "vocab_size": 64000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
 
 
 def write_model(directory, gigabytes):
     """A Llama of random bfloat16 bits in shards of at most 1 GB; returns its bytes."""
     import torch
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "bfloat16",
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+              "torch_dtype": "bfloat16",
               "tie_word_embeddings": False, **SIZES}
     from mlx_grpo.nemo_config import spec_from_hf
     spec = spec_from_hf(config | {"num_hidden_layers": 1})[1]
@@ -53,7 +55,8 @@ def write_model(directory, gigabytes):
         writer = HFWriter(job, tensors, shard_bytes=10**9)
         generator = torch.Generator().manual_seed(0)
         for name, (_, shape) in tensors.items():
-            writer.put([name], lambda shape=shape: [torch.randint(-2**15, 2**15, shape, dtype=torch.int16, generator=generator).view(torch.bfloat16)])
+            writer.put([name], lambda shape=shape: [torch.randint(-2**15, 2**15, shape, dtype=torch.int16,
+                                                                  generator=generator).view(torch.bfloat16)])
         writer.finish()
         (job.directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}, indent=2))
     return size(shapes(layers))
@@ -70,7 +73,8 @@ class PeakMemory(threading.Thread):
         status = Path("/proc/self/status")
         if not status.exists():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # bytes on macOS
-        return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("RssAnon"))) * 1024
+        return int(next(line.split()[1] for line in status.read_text().splitlines()
+                        if line.startswith("RssAnon"))) * 1024
 
     def run(self):
         while self.running:
@@ -96,8 +100,10 @@ def child(arguments):
 
 def measure(direction, source, target, container):
     """The child's measurements of one conversion."""
-    command = [sys.executable, __file__, "--child", direction, "--source", source, "--target", target, "--format", container]
-    return json.loads(subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    command = [sys.executable, __file__, "--child", direction, "--source", source, "--target", target, "--format",
+               container]
+    return json.loads(subprocess.run(list(map(str, command)), check=True, capture_output=True,
+                                     text=True).stdout.splitlines()[-1])
 
 
 def same_model(a, b):
@@ -123,10 +129,12 @@ def main():
         folder = Path(folder)
         nbytes = write_model(folder / "hf", arguments.gb)
         target = folder / ("model.nemo" if arguments.format == "nemo1" else "nemo")
-        print(f"synthetic Llama, bfloat16, {nbytes / 1e9:.2f} GB of weights, largest tensor {2 * SIZES['vocab_size'] * SIZES['hidden_size'] / 1e6:.0f} MB; {arguments.format}")
+        print(f"synthetic Llama, bfloat16, {nbytes / 1e9:.2f} GB of weights, largest tensor "
+              f"{2 * SIZES['vocab_size'] * SIZES['hidden_size'] / 1e6:.0f} MB; {arguments.format}")
         for direction, source, output in (("import", folder / "hf", target), ("export", target, folder / "back")):
             result = measure(direction, source, output, arguments.format)
-            print(f"{direction}: peak anonymous memory {result['peak'] / 1e9:.3f} GB ({result['start'] / 1e9:.3f} before it began), "
+            print(f"{direction}: peak anonymous memory {result['peak'] / 1e9:.3f} GB ({result['start'] / 1e9:.3f} "
+                  "before it began), "
                   f"{result['seconds']:.1f} s")
         print("round trip:", "bit-identical" if same_model(folder / "hf", folder / "back") else "DIFFERENT")
 

@@ -16,11 +16,13 @@ from mlx_grpo.nemo_families import FAMILIES, WHY_NOT
 torch = require("torch")
 require("yaml")
 
-LOST = {   # what NVIDIA's importers drop, so that no reader can give it back (and what a reader says more than the source)
+# what NVIDIA's importers drop, so that no reader can give it back (and what a reader says more than the source)
+LOST = {
     ("mistral_swa", "nemo2"): {"max_position_embeddings"}, ("mixtral_moe4", "nemo2"): {"router_aux_loss_coef"},
     ("qwen3_qknorm", "nemo2"): {"max_position_embeddings"},
 }
-NEVER_KEPT = {"pad_token_id", "bos_token_id", "eos_token_id", "rope_scaling", "tie_word_embeddings"}    # defaults said or not said
+# defaults said or not said
+NEVER_KEPT = {"pad_token_id", "bos_token_id", "eos_token_id", "rope_scaling", "tie_word_embeddings"}
 
 
 def export(path, tmp_path, **options):
@@ -34,7 +36,8 @@ def test_every_checkpoint_of_nvidias_exports_bit_for_bit_with_the_stored_logits(
     output = export(fixture(folder) / checkpoint, tmp_path)
     assert same_tensors(output, fixture(folder) / "hf")
     source, config = read_json(fixture(folder) / "hf" / "config.json"), read_json(output / "config.json")
-    for name in set(source) - LOST.get((folder, checkpoint), set()) - NEVER_KEPT - {"rope_parameters", "dtype", "transformers_version"}:
+    for name in set(source) - LOST.get((folder, checkpoint), set()) - NEVER_KEPT - {"rope_parameters", "dtype",
+                                                                                    "transformers_version"}:
         assert config[name] == source[name], name
     if "tie_word_embeddings" in source:
         assert config["tie_word_embeddings"] == source["tie_word_embeddings"]
@@ -116,9 +119,11 @@ def test_an_override_replaces_the_configuration_and_the_tensors_must_agree(tmp_p
     import_hf(hf, tmp_path / "a", overrides={"rotary_base": 10000.0, "seq_length": 4096})
     config = read_json(export(tmp_path / "a", tmp_path) / "config.json")
     assert (config["rope_theta"], config["max_position_embeddings"]) == (10000.0, 4096)
-    for overrides, message in (({"num_layers": 1}, "more|has .* tensors"), ({"num_layers": 3}, "has no tensor model.layers.2"),
+    for overrides, message in (({"num_layers": 1}, "more|has .* tensors"), ({"num_layers": 3}, "has no tensor "
+                                                                                               "model.layers.2"),
                                ({"hidden_size": 32}, "has shape"), ({"ffn_hidden_size": 64}, "has shape"),
-                               ({"num_layer": 2}, "did you mean 'num_layers'"), ({"num_layers": "two"}, "must be like")):
+                               ({"num_layer": 2}, "did you mean 'num_layers'"), ({"num_layers": "two"},
+                                                                                 "must be like")):
         with pytest.raises(UserError, match=message):
             import_hf(hf, tmp_path / "b", overrides=overrides)
     assert not (tmp_path / "b").exists() and not list(tmp_path.glob(".*"))
@@ -136,7 +141,8 @@ def test_a_source_in_shards_and_one_in_torchs_own_format_convert_the_same(tmp_pa
         save_file({n: tensors[n] for n in part}, sharded / file)
     index = {"metadata": {}, "weight_map": {n: file for file, part in parts.items() for n in part}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    tensors["model.norm.weight"] = torch.stack([tensors["model.norm.weight"]] * 2, 1)[:, 0]             # a view with gaps
+    # a view with gaps
+    tensors["model.norm.weight"] = torch.stack([tensors["model.norm.weight"]] * 2, 1)[:, 0]
     torch.save(tensors, pickled / "pytorch_model.bin")
     for directory in (sharded, pickled):
         import_hf(directory, tmp_path / f"{directory.name}-nemo")
@@ -180,7 +186,8 @@ def test_a_tied_head_stored_beside_its_embedding_is_dropped_only_if_equal(tmp_pa
 
 
 def test_a_config_that_says_otherwise_than_the_checkpoint_loses(tmp_path):
-    """hf_config.json is of the source: where the checkpoint was changed since, the checkpoint's value is taken, and that is said."""
+    """hf_config.json is of the source: where the checkpoint was changed since, the checkpoint's value is taken, and
+    that is said."""
     import_hf(fixture("llama3_gqa") / "hf", tmp_path / "a")
     path = tmp_path / "a" / "context" / "model.yaml"
     path.write_text(path.read_text().replace("seq_length: 256", "seq_length: 512"))
@@ -194,4 +201,5 @@ def test_the_tokenizer_of_an_archive_without_one_comes_from_a_directory(tmp_path
     report = export_hf(fixture("llama_nemo1") / "nemo1_dist.nemo", tmp_path / "a")
     assert not (tmp_path / "a" / "tokenizer.json").exists() and "--tokenizer" in report["notes"][-1]
     export_hf(fixture("llama_nemo1") / "nemo1_dist.nemo", tmp_path / "b", tokenizer=fixture("llama_nemo1") / "hf")
-    assert filecmp.cmp(tmp_path / "b" / "tokenizer.json", fixture("llama_nemo1") / "hf" / "tokenizer.json", shallow=False)
+    assert filecmp.cmp(tmp_path / "b" / "tokenizer.json", fixture("llama_nemo1") / "hf" / "tokenizer.json",
+                       shallow=False)

@@ -23,16 +23,19 @@ require("yaml")
 
 
 def run(*tokens, **options):
-    return subprocess.run([sys.executable, str(ROOT / "utils" / "convert_nemo.py"), *map(str, tokens)], capture_output=True, text=True, **options)
+    return subprocess.run([sys.executable, str(ROOT / "utils" / "convert_nemo.py"), *map(str, tokens)],
+                          capture_output=True, text=True, **options)
 
 
 def files(directory):
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()} if directory.is_dir() else directory.read_bytes()
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*")
+            if p.is_file()} if directory.is_dir() else directory.read_bytes()
 
 
 def test_nvidias_own_command_lines_work_as_they_are_from_any_directory(tmp_path):
     hf = fixture("llama3_gqa") / "hf"
-    there = run("import", "model=llama3_8b", f"source=hf://{hf}", "output_path=nemo", "model_config.num_layers=2", "trainer.devices=0", "-y", cwd=tmp_path)
+    there = run("import", "model=llama3_8b", f"source=hf://{hf}", "output_path=nemo", "model_config.num_layers=2",
+                "trainer.devices=0", "-y", cwd=tmp_path)
     assert there.returncode == 0, there.stderr
     assert "trainer.devices=0 has no effect" in there.stderr
     back = run("export", "path=nemo", "target=hf", "output_path=hf", cwd=tmp_path)
@@ -44,10 +47,14 @@ def test_nvidias_own_command_lines_work_as_they_are_from_any_directory(tmp_path)
 
 
 @pytest.mark.parametrize("tokens,message", [
-    (["import", "model=qwen2_7b"], "is a qwen2 recipe, but the source is a llama model"), (["import", "model=gpt5"], "no architecture known"),
-    (["import", "sources=x"], "did you mean source"), (["import", "nodes=4"], "unknown option"), (["import", "overwrite=perhaps"], "true or false"),
-    (["import", "model_config.num_layer=2"], "did you mean 'num_layers'"), (["import", "--format", "nemo3"], "invalid choice"),
-    (["import", "--model-config", "num_layers"], "KEY=VALUE"), (["export", "target=onnx"], "invalid choice"), (["frobnicate"], "invalid choice"), ([], "required")])
+    (["import", "model=qwen2_7b"], "is a qwen2 recipe, but the source is a llama model"),
+    (["import", "model=gpt5"], "no architecture known"),
+    (["import", "sources=x"], "did you mean source"), (["import", "nodes=4"], "unknown option"),
+    (["import", "overwrite=perhaps"], "true or false"),
+    (["import", "model_config.num_layer=2"], "did you mean 'num_layers'"), (["import", "--format", "nemo3"],
+                                                                            "invalid choice"),
+    (["import", "--model-config", "num_layers"], "KEY=VALUE"), (["export", "target=onnx"], "invalid choice"),
+    (["frobnicate"], "invalid choice"), ([], "required")])
 def test_a_wrong_word_is_named_in_one_line(tokens, message, tmp_path):
     command = tokens[:1]
     if command == ["import"]:
@@ -76,20 +83,23 @@ def test_the_bar_shows_bytes_and_the_time_left(monkeypatch):
 
 def test_progress_counts_up_to_the_whole(tmp_path):
     seen = []
-    import_hf(fixture("llama3_gqa") / "hf", tmp_path / "m.nemo", "nemo1", progress=lambda done, total: seen.append((done, total)))
+    import_hf(fixture("llama3_gqa") / "hf", tmp_path / "m.nemo", "nemo1", progress=lambda done,
+              total: seen.append((done, total)))
     assert len(seen) > 30 and [d for d, _ in seen] == sorted(d for d, _ in seen) and seen[-1][0] == seen[-1][1]
 
 
 # ---- interruption ----
 
 def convert(direction, source, target, **options):
-    return import_hf(source, target, "nemo1" if target.suffix == ".nemo" else "nemo2", **options) if direction == "import" else \
+    return import_hf(source, target, "nemo1" if target.suffix == ".nemo" else "nemo2",
+                     **options) if direction == "import" else \
         export_hf(source, target, **options)
 
 
 @pytest.mark.parametrize("direction,name", [("import", "model"), ("import", "model.nemo"), ("export", "model")])
 @pytest.mark.parametrize("items", [0, 1, 7, 15])
-def test_an_interrupted_conversion_leaves_nothing_that_looks_finished_and_resumes_to_the_same_bytes(direction, name, items, tmp_path, monkeypatch):
+def test_an_interrupted_conversion_leaves_nothing_that_looks_finished_and_resumes_to_the_same_bytes(direction, name,
+                                                                                                    items, tmp_path, monkeypatch):
     source = fixture("llama3_gqa") / ("hf" if direction == "import" else "nemo2")
     convert(direction, source, tmp_path / "unbroken" / name)
     target = tmp_path / name
@@ -216,17 +226,18 @@ def test_inspect_says_what_a_checkpoint_is_without_reading_weights(tmp_path, cap
         os.truncate(file, size)
     convert_nemo.main(["inspect", str(path), "--json"])
     found = json.loads(capsys.readouterr().out)
-    expected = {"format": "nemo2", "architecture": "llama", "layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "attention_heads": 4,
+    expected = {"format": "nemo2", "architecture": "llama", "layers": 2, "hidden_size": 32, "ffn_hidden_size": 64,
+                "attention_heads": 4,
                 "query_groups": 2, "dtype": "float32", "training_step": 1, "vocabulary": 272, "left_out_on_export": 18}
     assert expected.items() <= found.items()
     assert found["parameters"] == sum(t.numel() for t in tensors_of(fixture("llama_sharded") / "hf").values())
     assert found["tokenizer"]["length"] == 272
-    for source, words in ((fixture("falcon_new_arch") / "nemo1_dist.nemo", ["NeMo 1 archive", "falcon", "tokenizer            none"]),
-                          (fixture("gptneox_sequential") / "mbridge", ["Megatron-Bridge", "gpt_neox", "training step        0"]),
-                          (fixture("mixtral_moe4") / "nemo2", ["vocabulary           320", "embedding rows       384"]),
+    for source, words in ((fixture("falcon_new_arch") / "nemo1_dist.nemo", ["NeMo 1 archive", "falcon", "tokenizer none"]),
+                          (fixture("gptneox_sequential") / "mbridge", ["Megatron-Bridge", "gpt_neox", "training step 0"]),
+                          (fixture("mixtral_moe4") / "nemo2", ["vocabulary 320", "embedding rows 384"]),
                           (fixture("llama3_gqa") / "hf", ["Hugging Face", "theta 500000.0"])):
         convert_nemo.main(["inspect", str(source)])
-        text = capsys.readouterr().out
+        text = " ".join(capsys.readouterr().out.split())
         assert all(word in text for word in words), text
 
 
@@ -254,7 +265,8 @@ def test_verify_finds_a_changed_configuration_by_the_logits(tmp_path):
     (hf / "config.json").write_text(json.dumps(read_json(hf / "config.json") | {"rope_theta": 100.0}))
     lines = []
     assert not validate_conversion(hf, fixture("llama3_gqa") / "mbridge", "Hello, how are you?", say=lines.append)
-    assert any("rotary_base is 100.0" in line for line in lines) and any(line.startswith("DIFFERENT  logits on 'Hello") for line in lines)
+    assert any("rotary_base is 100.0" in line for line in lines) and any(line.startswith("DIFFERENT  logits on 'Hello")
+                                                                         for line in lines)
 
 
 def test_validate_conversion_from_python_is_true_for_a_conversion(tmp_path):
@@ -303,7 +315,8 @@ def test_latest_knows_every_format(tmp_path):
     assert checkpoints.latest(tmp_path).path == tmp_path / "b" / "iter_0000010"
     shutil.rmtree(tmp_path / "b")
     import_hf(fixture("llama3_gqa") / "hf", tmp_path / "m-last.nemo", "nemo1")
-    assert checkpoints.latest(tmp_path) == checkpoints.Found(tmp_path / "m-last.nemo", "nemo1", -1, (tmp_path / "m-last.nemo").stat().st_mtime)
+    assert checkpoints.latest(tmp_path) == checkpoints.Found(tmp_path / "m-last.nemo", "nemo1", -1,
+                                                             (tmp_path / "m-last.nemo").stat().st_mtime)
     for step in (9, 10):
         shutil.copytree(fixture("llama3_gqa") / "hf", tmp_path / "run" / f"checkpoint-{step}")
         (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
@@ -316,7 +329,8 @@ def test_latest_knows_every_format(tmp_path):
 
 def test_a_model_comes_from_the_hub_and_a_gated_one_names_the_login(tmp_path):
     with fake_hub({"org/tiny": fixture("llama3_gqa") / "hf"}, tmp_path / "cache") as (_, environment):
-        done = run("import", "model=llama3_8b", "source=hf://org/tiny", f"output_path={tmp_path / 'm'}", env=environment)
+        done = run("import", "model=llama3_8b", "source=hf://org/tiny", f"output_path={tmp_path / 'm'}",
+                   env=environment)
         assert done.returncode == 0, done.stderr
         gated = run("import", "--source", "gated/model", "--output", tmp_path / "g", env=environment)
         absent = run("import", "--source", "org/nothing", "--output", tmp_path / "g", env=environment)

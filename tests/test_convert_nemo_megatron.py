@@ -1,5 +1,5 @@
-"""Our checkpoints in Megatron's own hands, where megatron-core is installed (an extra; it has no place on a Mac): its loader reads
-them, its GPTModel takes them without a missing key and gives the stored logits.
+"""Our checkpoints in Megatron's own hands, where megatron-core is installed (an extra; it has no place on a Mac): its
+loader reads them, its GPTModel takes them without a missing key and gives the stored logits.
 
     pip install megatron-core && python -m pytest tests/test_convert_nemo_megatron.py
 """
@@ -62,7 +62,8 @@ print("largest difference", float((logits - torch.tensor(stored["hf_logits"])).a
 
 # the local (CPU) layer has no zero-centred norm (Gemma), no sliding window (Mistral) and float32 only (Llama 3.2 is bfloat16)
 @pytest.mark.parametrize("folder,container", [
-    ("llama3_gqa", "nemo2"), ("llama3_gqa", "bridge"), ("llama_hf5_bridge060", "bridge"), ("qwen2_bias", "nemo2"), ("qwen2_bias", "bridge"),
+    ("llama3_gqa", "nemo2"), ("llama3_gqa", "bridge"), ("llama_hf5_bridge060", "bridge"), ("qwen2_bias", "nemo2"),
+    ("qwen2_bias", "bridge"),
     ("qwen3_qknorm", "nemo2"), ("phi3_fused", "nemo2"), ("gptneox_sequential", "bridge")])
 def test_megatrons_model_loads_ours_and_gives_the_stored_logits(folder, container, tmp_path):
     import socket
@@ -75,7 +76,8 @@ def test_megatrons_model_loads_ours_and_gives_the_stored_logits(folder, containe
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(port), *map(str, arguments), str(fixture(folder) / "reference_logits.npz")],
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(port), *map(str, arguments),
+                           str(fixture(folder) / "reference_logits.npz")],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout.split()[-1]) < 1e-4

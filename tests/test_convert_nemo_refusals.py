@@ -119,9 +119,11 @@ def test_a_missing_shard_of_the_source(copy, capsys, tmp_path):
     path = copy("hf")
     names = {name: "model-00001-of-00002.safetensors" for name in tensors_of(path)}
     (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names | {"lm_head.weight": "model-00002-of-00002.safetensors"}}))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names |
+                                                                   {"lm_head.weight": "model-00002-of-00002.safetensors"}}))
     assert "model-00002-of-00002.safetensors is missing" in refuse_import(path, capsys, tmp_path)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names | {"extra.weight": "model-00001-of-00002.safetensors"}}))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names |
+                                                                   {"extra.weight": "model-00001-of-00002.safetensors"}}))
     assert "extra.weight is listed in the index but in no file" in refuse_import(path, capsys, tmp_path)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "../hf/model.safetensors"}}))
     assert "bare file names" in refuse_import(path, capsys, tmp_path)
@@ -131,11 +133,13 @@ def test_a_shape_that_contradicts_the_configuration(copy, capsys, tmp_path):
     path = copy("hf")
     config = read_json(path / "config.json")
     (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    assert "mlp.gate_proj.weight has shape [112, 64], the configuration says [96, 64]" in refuse_import(path, capsys, tmp_path)
+    assert "mlp.gate_proj.weight has shape [112, 64], the configuration says [96, 64]" in refuse_import(path, capsys,
+                                                                                                        tmp_path)
     path = copy("nemo2")
     model = path / "context" / "model.yaml"
     model.write_text(model.read_text().replace("ffn_hidden_size: 112", "ffn_hidden_size: 96"))
-    assert "linear_fc1.weight has shape [2, 224, 64], the configuration says [2, 192, 64]" in refuse_export(path, capsys, tmp_path)
+    assert "linear_fc1.weight has shape [2, 224, 64], the configuration says [2, 192, 64]" in refuse_export(path,
+                                                                                                            capsys, tmp_path)
 
 
 def test_a_tensor_too_many_or_too_few(copy, capsys, tmp_path):
@@ -176,14 +180,16 @@ def test_a_pickle_that_would_run_a_command(copy, capsys, tmp_path):
     with tarfile.open(copy("model.nemo")) as archive:
         archive.extractall(unpacked, filter="data")
     shutil.rmtree(unpacked / "model_weights")
-    torch.save({"model.embedding.word_embeddings.weight": Payload(os.system, f"touch {marker}")}, unpacked / "model_weights.ckpt")
+    torch.save({"model.embedding.word_embeddings.weight": Payload(os.system, f"touch {marker}")},
+               unpacked / "model_weights.ckpt")
     assert "refused" in refuse_export(unpacked, capsys, tmp_path)
     assert not marker.exists()
 
 
 def test_a_dotted_global_and_a_pickled_library_function(copy, capsys, tmp_path):
     path = copy("nemo2")
-    for module, name in ((b"torch", b"serialization.os.system"), (b"torch", b"load"), (b"functools", b"partial"), (b"torch.storage", b"_load_from_bytes")):
+    for module, name in ((b"torch", b"serialization.os.system"), (b"torch", b"load"), (b"functools", b"partial"),
+                         (b"torch.storage", b"_load_from_bytes")):
         code = b"\x80\x04\x8c" + bytes([len(module)]) + module + b"\x8c" + bytes([len(name)]) + name + b"\x93."
         (path / "weights" / ".metadata").write_bytes(code)
         assert name.decode() in refuse_export(path, capsys, tmp_path)
@@ -218,7 +224,8 @@ def archive_with(path, *members):
     ("model_weights.ckpt", tarfile.LNKTYPE, "model_config.yaml", "link"), ("pipe", tarfile.FIFOTYPE, "", "device"),
     ("./model_config.yaml", tarfile.REGTYPE, b"x", "twice")])
 def test_an_archive_that_escapes_or_links(name, kind, content, message, capsys, tmp_path):
-    path = archive_with(tmp_path / "bad.nemo", ("./model_config.yaml", tarfile.REGTYPE, b"num_layers: 2\n"), (name, kind, content))
+    path = archive_with(tmp_path / "bad.nemo", ("./model_config.yaml", tarfile.REGTYPE, b"num_layers: 2\n"),
+                        (name, kind, content))
     assert message in refuse_export(path, capsys, tmp_path)
 
 
@@ -233,7 +240,8 @@ def test_an_index_whose_boxes_or_places_are_wrong(copy, capsys, tmp_path):
 
     def place(metadata, **changes):
         info = metadata.storage_data[first(metadata)]
-        metadata.storage_data[first(metadata)] = _StorageInfo(*(changes.get(n, getattr(info, n)) for n in ("relative_path", "offset", "length")))
+        metadata.storage_data[first(metadata)] = _StorageInfo(*(changes.get(n, getattr(info, n))
+                                                                for n in ("relative_path", "offset", "length")))
 
     def boxes(metadata, change):
         entry = metadata.state_dict_metadata[key]
@@ -251,10 +259,13 @@ def test_an_index_whose_boxes_or_places_are_wrong(copy, capsys, tmp_path):
         "whole numbers": lambda m: place(m, offset=-1),
         "two pieces overlap": lambda m: boxes(m, overlap),
         "don't add up": lambda m: boxes(m, lambda c: c.pop()),
-        "lies outside": lambda m: boxes(m, lambda c: c.__setitem__(0, ChunkStorageMetadata(torch.Size([9, 0, 0]), c[0].sizes))),
+        "lies outside": lambda m: boxes(m, lambda c: c.__setitem__(0,
+                                                                   ChunkStorageMetadata(torch.Size([9, 0, 0]),
+                                                                                        c[0].sizes))),
         "at (0, 0, 0) is missing": lambda m: m.storage_data.pop(first(m)),
             "outside the tensor ()": lambda m: setattr(m.state_dict_metadata[key], "size", torch.Size([])),
-            "without elements": lambda m: (setattr(m.state_dict_metadata[key], "size", torch.Size([2, 64, 0])), boxes(m, list.clear)),
+            "without elements": lambda m: (setattr(m.state_dict_metadata[key], "size", torch.Size([2, 64, 0])),
+                                           boxes(m, list.clear)),
     }
     for message, change in wrong.items():          # a message each
         (path / "weights" / ".metadata").write_bytes(original)
@@ -298,7 +309,8 @@ def test_configurations_that_explode(copy, capsys, tmp_path):
 
 @pytest.mark.parametrize("change,message", [
     ({"model_type": "qwen"}, "first-generation Qwen"), ({"model_type": "gpt2"}, "no settled mapping"),
-    ({"model_type": "qwen3_moe"}, "other than Mixtral"), ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"model_type": "qwen3_moe"}, "other than Mixtral"), ({"attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "'yarn'"), ({"hidden_act": "relu"}, "'relu'"),
     ({"quantization_config": {"bits": 4}}, "quantised"), ({"num_key_value_heads": 3}, "can't be shared"),
     ({"hidden_size": None}, "hidden_size is None"), ({"model_type": None}, "no model_type"),
@@ -313,8 +325,11 @@ def test_models_that_megatron_cant_hold(copy, capsys, tmp_path, change, message)
 
 
 @pytest.mark.parametrize("folder,change,message", [
-    ("gptneox_sequential", {"use_parallel_residual": True}, "parallel residual"), ("gptneox_sequential", {"use_parallel_residual": ...}, "parallel residual"),
-    ("falcon_new_arch", {"alibi": True}, "alibi"), ("falcon_new_arch", {"num_ln_in_parallel_attn": 1}, "one layer norm"),
+    ("gptneox_sequential", {"use_parallel_residual": True}, "parallel residual"), ("gptneox_sequential",
+                                                                                   {"use_parallel_residual": ...},
+                                                                                   "parallel residual"),
+    ("falcon_new_arch", {"alibi": True}, "alibi"), ("falcon_new_arch", {"num_ln_in_parallel_attn": 1},
+                                                    "one layer norm"),
     ("qwen2_bias", {"use_sliding_window": True}, "use_sliding_window"),
     ("phi3_fused", {"rope_scaling": {"type": "longrope", "long_factor": [1], "short_factor": [1]}}, "'longrope'"),
     ("mistral_swa", {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "only settled for Llama")])
@@ -355,10 +370,12 @@ def test_an_adapter_that_wasnt_merged(copy, capsys, tmp_path):
 
     def rename(metadata):
         key = "module.decoder.layers.mlp.linear_fc2.weight"
-        metadata.state_dict_metadata[key.replace("linear_fc2", "linear_fc2.adapter.linear_in")] = metadata.state_dict_metadata.pop(key)
+        metadata.state_dict_metadata[key.replace("linear_fc2",
+                                                 "linear_fc2.adapter.linear_in")] = metadata.state_dict_metadata.pop(key)
         for index in [i for i in metadata.storage_data if i.fqn == key]:
             import dataclasses
-            metadata.storage_data[dataclasses.replace(index, fqn=key.replace("linear_fc2", "linear_fc2.adapter.linear_in"))] = \
+            metadata.storage_data[dataclasses.replace(index, fqn=key.replace("linear_fc2",
+                                                                             "linear_fc2.adapter.linear_in"))] = \
                 metadata.storage_data.pop(index)
     edit_index(path / "weights", rename)
     assert "PEFT adapter" in refuse_export(path, capsys, tmp_path)
@@ -372,8 +389,10 @@ def test_places_that_cant_be_used(copy, capsys, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "x").write_text("x")
     assert "already exists" in refused(["import", "--source", hf, "--output", tmp_path / "taken"], capsys, tmp_path)
-    assert ".nemo" in refused(["import", "--source", hf, "--output", tmp_path / "m", "--format", "nemo1"], capsys, tmp_path)
-    assert "org/name" in refused(["import", "--source", tmp_path / "nowhere", "--output", tmp_path / "m"], capsys, tmp_path)
+    assert ".nemo" in refused(["import", "--source", hf, "--output", tmp_path / "m", "--format", "nemo1"], capsys,
+                              tmp_path)
+    assert "org/name" in refused(["import", "--source", tmp_path / "nowhere", "--output", tmp_path / "m"], capsys,
+                                 tmp_path)
 
 
 def test_a_disk_without_room_is_found_before_anything_is_written(copy, capsys, tmp_path, monkeypatch):

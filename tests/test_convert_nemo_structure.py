@@ -1,4 +1,5 @@
-"""Our imports against NVIDIA's: the same files, keys, shapes, dtypes, chunks and metadata, and readable by torch's own loader."""
+"""Our imports against NVIDIA's: the same files, keys, shapes, dtypes, chunks and metadata, and readable by torch's own
+loader."""
 
 import json
 import tarfile
@@ -22,7 +23,8 @@ OURS = {"hf_config.json", "hf_generation_config.json"}          # files that NVI
 # values that we write from the source where NVIDIA's importer loses them or has an accident (see the specification)
 BETTER = {
     ("mistral_swa", "nemo2"): {"seq_length"}, ("mixtral_moe4", "nemo2"): {"moe_aux_loss_coeff"},
-    ("qwen3_qknorm", "nemo2"): {"seq_length", "max_position_embeddings"}, ("phi3_fused", "nemo2"): {"generation_config"},
+    ("qwen3_qknorm", "nemo2"): {"seq_length", "max_position_embeddings"},
+    ("phi3_fused", "nemo2"): {"generation_config"},
     ("qwen2_bias", "mbridge"): {"autocast_dtype"},
     ("gptneox_sequential", "mbridge"): {"perform_initialization", "make_vocab_size_divisible_by"},
 }
@@ -60,7 +62,8 @@ def test_our_checkpoint_has_nvidias_files_keys_shapes_dtypes_and_chunks(folder, 
     added = {name for name in files(mine) - files(theirs)}
     assert files(theirs) <= files(mine)
     assert {name.split("/")[-1] for name in added} <= OURS | {"generation_config.json"} or checkpoint.endswith(".nemo")
-    if checkpoint.endswith(".nemo"):                      # ours holds the tokenizer too, which NeMo 1 keeps by name only
+    # ours holds the tokenizer too, which NeMo 1 keeps by name only
+    if checkpoint.endswith(".nemo"):
         assert all(name.startswith("./tokenizer/") or name[2:] in OURS for name in added)
     a, b = DistStore(weights(mine)), DistStore(weights(theirs))
     assert a.tensors == b.tensors and a.objects == b.objects
@@ -77,7 +80,9 @@ def read(folder, name):
 
 def flat(value):
     """A common.pt's nested dict with tensors as what they are, for comparison."""
-    return {k: flat(v) for k, v in value.items()} if isinstance(value, dict) else (value.dtype, value.size) if hasattr(value, "key") else value
+    return {k: flat(v) for k, v in value.items()} if isinstance(value, dict) else (value.dtype,
+                                                                                   value.size) if hasattr(value,
+                                                                                                          "key") else value
 
 
 @pytest.mark.parametrize("folder,checkpoint", COMPARABLE)
@@ -85,7 +90,8 @@ def test_common_pt_and_train_state_hold_what_nvidias_do(folder, checkpoint, ours
     mine, theirs = ours(folder, checkpoint), fixture(folder) / checkpoint
     pairs = [(weights(mine), weights(theirs), "common.pt")]
     if CONTAINERS[checkpoint] == "bridge":
-        pairs += [(weights(mine), weights(theirs), "train_state.pt"), (Folder(mine), Folder(theirs), "latest_train_state.pt")]
+        pairs += [(weights(mine), weights(theirs), "train_state.pt"), (Folder(mine), Folder(theirs),
+                                                                       "latest_train_state.pt")]
         assert (mine / "latest_checkpointed_iteration.txt").read_bytes() == (theirs / "latest_checkpointed_iteration.txt").read_bytes()
     for a, b, name in pairs:
         assert flat(TorchZip(a.view(name), name).value) == flat(TorchZip(b.view(name), name).value), name
@@ -94,8 +100,10 @@ def test_common_pt_and_train_state_hold_what_nvidias_do(folder, checkpoint, ours
 def different(mine, theirs, path=""):
     """Paths at which two nested values differ."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
-        return {p for k in mine.keys() | theirs.keys() for p in (different(mine[k], theirs[k], f"{path}.{k}" if path else k)
-                                                                 if k in mine and k in theirs else {f"{path}.{k}" if path else k})}
+        return {p for k in mine.keys() | theirs.keys() for p in (different(mine[k], theirs[k], f"{path}.{k}"
+                                                                           if path else k)
+                                                                 if k in mine and k in theirs else {f"{path}.{k}"
+                                                                                                    if path else k})}
     return set() if mine == theirs and (type(mine) is bool) == (type(theirs) is bool) else {path}
 
 
@@ -129,7 +137,8 @@ def test_io_json_is_the_graph_that_nemo_saves(folder, ours):
     """Object by object; more arguments only where the class's default would be wrong."""
     a, b = (read_json(p / "context" / "io.json") for p in (ours(folder, "nemo2"), fixture(folder) / "nemo2"))
     assert (a["root"], a["version"]) == (b["root"], b["version"])
-    if folder == "phi3_fused":                                       # the source's generation config, which NVIDIA's Phi-3 drops,
+    # the source's generation config, which NVIDIA's Phi-3 drops,
+    if folder == "phi3_fused":
         assert any(k.startswith("from_pretrained") for k in a["objects"])     # is one object more
         return
     assert list(a["objects"]) == list(b["objects"]) and a["refcounts"] == b["refcounts"]
@@ -197,14 +206,16 @@ def pyrefs(value):
             yield from pyrefs(item)
 
 
-@pytest.mark.parametrize("folder,checkpoint", [("llama3_gqa", "nemo2"), ("qwen2_bias", "mbridge"), ("mixtral_moe4", "nemo2")])
+@pytest.mark.parametrize("folder,checkpoint", [("llama3_gqa", "nemo2"), ("qwen2_bias", "mbridge"),
+                                               ("mixtral_moe4", "nemo2")])
 def test_torchs_distributed_checkpoint_loads_ours(folder, checkpoint, ours):
     """torch's own reader and loader, which we didn't write, against the source's tensors."""
     import torch.distributed.checkpoint as dcp
     directory = weights(ours(folder, checkpoint)).path
     reader = dcp.FileSystemReader(directory)
     metadata = reader.read_metadata()
-    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in metadata.state_dict_metadata.items()
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key,
+             entry in metadata.state_dict_metadata.items()
              if hasattr(entry, "size")}
     dcp.load(state, storage_reader=reader, no_dist=True)
     source = tensors_of(fixture(folder) / "hf")

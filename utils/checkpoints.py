@@ -1,11 +1,11 @@
 """
-Finds checkpoints of every kind we know below a directory: our own training runs, Hugging Face models, NeMo 1, NeMo 2 and
-Megatron-Bridge.
+Finds checkpoints of every kind we know below a directory: our own training runs, Hugging Face models, NeMo 1, NeMo 2
+and Megatron-Bridge.
 
     python utils/checkpoints.py latest DIR     prints the newest one's path, `*-last` before others
 
-Unfinished ones are never found: NeMo's with a `-unfinished` mark beside them, our hidden temporary directories, and those that
-lack the file their writer puts there last.
+Unfinished ones are never found: NeMo's with a `-unfinished` mark beside them, our hidden temporary directories, and
+those that lack the file their writer puts there last.
 """
 
 import sys
@@ -31,12 +31,14 @@ MARKERS = {
     "mlx": ("trainer_state.json", "config.json"),
     "hf": ("config.json", "config.json"),
 }
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "weights.npz")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+           "weights.npz")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint on the disk. `step` is -1 where its name has none; `time` is when it was completed, seconds since 1970."""
+    """A checkpoint on the disk. `step` is -1 where its name has none; `time` is when it was completed, seconds since
+    1970."""
     path: Path
     format: str
     step: int
@@ -55,7 +57,8 @@ def checkpoint_at(path):
     if path.suffix == ".nemo" and path.is_file():
         return found(path, "nemo1", path)
     for name, (last, telling) in MARKERS.items():
-        if (path / last).is_file() and (path / telling).exists() and (name != "hf" or any((path / w).is_file() for w in WEIGHTS)):
+        if (path / last).is_file() and (path / telling).exists() and (name != "hf"
+                                                                      or any((path / w).is_file() for w in WEIGHTS)):
             return found(path, name, path / last)
     return None
 
@@ -66,8 +69,8 @@ def found(path, name, marker):
 
 
 def find_checkpoints(directory):
-    """All complete checkpoints in `directory` and below, in no order. Links are seen, not followed deeper; a checkpoint isn't
-    searched for others, nor is a hidden directory."""
+    """All complete checkpoints in `directory` and below, in no order. Links are seen, not followed deeper; a checkpoint
+    isn't searched for others, nor is a hidden directory."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
@@ -86,14 +89,16 @@ def find_checkpoints(directory):
 
 
 def latest(directory):
-    """The newest Found: in each folder a `*-last` one or the highest step, of those the one completed last, `*-last` before others.
+    """The newest Found: in each folder a `*-last` one or the highest step, of those the one completed last, `*-last`
+    before others.
 
     Raises UserError where there is none."""
     folders = {}
     for one in find_checkpoints(directory):
         folders.setdefault(one.path.parent, []).append(one)
     if not folders:
-        raise UserError(f"no complete checkpoint in {directory} or below (looked for NeMo, Megatron-Bridge, Hugging Face and our own)")
+        raise UserError(f"no complete checkpoint in {directory} or below (looked for NeMo, Megatron-Bridge, Hugging "
+                        "Face and our own)")
     best = [max(group, key=lambda one: (one.is_last, one.step, one.time)) for group in folders.values()]
     return max(best, key=lambda one: (one.is_last, one.time, one.step))
 

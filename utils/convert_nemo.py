@@ -1,8 +1,8 @@
 """
 Hugging Face models to NeMo and back, on any CPU, without NeMo, Megatron or CUDA.
 
-    python utils/convert_nemo.py import --source HF_DIR_OR_ID --output DIR [--format nemo2|bridge|nemo1] [--dtype bfloat16]
-    python utils/convert_nemo.py export --path CHECKPOINT --output DIR
+    python utils/convert_nemo.py import --source HF_DIR_OR_ID --output DIR [--format nemo2|bridge|nemo1] [--dtype
+    bfloat16] python utils/convert_nemo.py export --path CHECKPOINT --output DIR
     python utils/convert_nemo.py inspect PATH
     python utils/convert_nemo.py verify HF_DIR_OR_ID CHECKPOINT
     python utils/convert_nemo.py latest EXPERIMENT_DIR
@@ -31,7 +31,7 @@ from mlx_grpo.files import human_bytes                         # noqa: E402
 from mlx_grpo.nemo_convert import export_hf, import_hf         # noqa: E402
 from mlx_grpo.nemo_families import FAMILIES, FORMATS           # noqa: E402
 from mlx_grpo.nemo_inspect import inspect, lines               # noqa: E402
-from mlx_grpo.nemo_verify import PROMPTS, validate_conversion  # noqa: E402,F401  validate_conversion is for importers too
+from mlx_grpo.nemo_verify import PROMPTS, validate_conversion  # noqa: E402
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NVIDIA_KEYS = {   # `nemo llm` key -> our flag
@@ -82,24 +82,29 @@ def make_parser():
     one = commands.add_parser("import", help="a Hugging Face model to a NeMo checkpoint")
     one.add_argument("--source", required=True, help="a model directory, org/name or hf://org/name")
     one.add_argument("--output", required=True, help="the directory to write, or the .nemo file for nemo1")
-    one.add_argument("--format", choices=FORMATS, default="nemo2", help="nemo2 (default), bridge (Megatron-Bridge) or nemo1 (.nemo)")
+    one.add_argument("--format", choices=FORMATS, default="nemo2", help="nemo2 (default), bridge (Megatron-Bridge) or "
+                                                                        "nemo1 (.nemo)")
     one.add_argument("--model", help="NVIDIA's name of the recipe, such as llama3_8b; only checked against the source")
     back = commands.add_parser("export", help="a NeMo checkpoint to a Hugging Face directory")
     back.add_argument("--path", required=True, help="a NeMo 2 or Megatron-Bridge directory, or a .nemo file")
     back.add_argument("--output", required=True, help="the directory to write")
     back.add_argument("--target", choices=("hf",), default="hf", help="hf, the only one")
-    back.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer from here (NeMo 1 archives keep only its name)")
+    back.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer from here (NeMo 1 archives keep only its "
+                                                         "name)")
     for parser_ in (one, back):
-        parser_.add_argument("--dtype", choices=DTYPES, default="auto", help="convert the weights; auto keeps each tensor's own")
+        parser_.add_argument("--dtype", choices=DTYPES, default="auto", help="convert the weights; auto keeps each "
+                                                                             "tensor's own")
         parser_.add_argument("--model-config", metavar="KEY=VALUE", action="append", default=[],
                              help="replace a value of the configuration: num_layers, hidden_size, ffn_hidden_size, ...")
-        parser_.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same command stopped")
+        parser_.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same command "
+                                                                   "stopped")
         parser_.add_argument("--overwrite", action="store_true", help="replace what is at --output")
         parser_.add_argument("-y", "--yes", action="store_true", help="don't ask before a conversion at a terminal")
     look = commands.add_parser("inspect", help="what a checkpoint or model directory holds, without loading weights")
     look.add_argument("path")
     look.add_argument("--json", action="store_true", help="for machines")
-    check = commands.add_parser("verify", help="compare a Hugging Face model with a checkpoint, tensor by tensor and by logits")
+    check = commands.add_parser("verify", help="compare a Hugging Face model with a checkpoint, tensor by tensor and "
+                                               "by logits")
     check.add_argument("hf", metavar="HF_DIR_OR_ID")
     check.add_argument("checkpoint", metavar="CHECKPOINT")
     check.add_argument("--prompt", action="append", help=f"instead of {' and '.join(PROMPTS)}")
@@ -127,13 +132,16 @@ def check_recipe(name, report_family):
     names = {"codellama": "llama", "qwen25": "qwen2", "codegemma": "gemma", **{f: f for f in FAMILIES}}
     family = next((names[n] for n in sorted(names, key=len, reverse=True) if name.lower().startswith(n)), None)
     if family is None or family != report_family:
-        raise UserError(f"model={name} " + ("is no architecture known here" if family is None else f"is a {family} recipe")
-                        + f", but the source is a {report_family} model; the source decides, so leave model= out or correct it")
+        raise UserError(f"model={name} " + ("is no architecture known here" if family is None else f"is a {family} "
+                                                                                                   "recipe")
+                        + f", but the source is a {report_family} model; the source decides, so leave model= out or "
+                          "correct it")
 
 
 @contextlib.contextmanager
 def progress_bar(title):
-    """Yields progress(done, total) in bytes, drawn on standard error with the speed and the time left; silent in a pipe."""
+    """Yields progress(done, total) in bytes, drawn on standard error with the speed and the time left; silent in a
+    pipe."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -156,7 +164,8 @@ def confirm(arguments, text):
 
 def tell(report):
     """The report of a conversion, for people."""
-    print(f"{report['output']}: {report['architecture']} as {report['format']}, {report['tensors']} tensors, {report['parameters']:,} parameters, "
+    print(f"{report['output']}: {report['architecture']} as {report['format']}, {report['tensors']} tensors, "
+          f"{report['parameters']:,} parameters, "
           f"{human_bytes(report['bytes'])}, {report['dtype']}, tokenizer: {', '.join(report['tokenizer']) or 'none'}")
     for name in report["left_out"]:
         print(f"left out: {name}")
@@ -165,7 +174,8 @@ def tell(report):
 
 
 def run_conversion(arguments):
-    common = dict(dtype=None if arguments.dtype == "auto" else arguments.dtype, overrides=model_config(arguments.model_config),
+    common = dict(dtype=None if arguments.dtype == "auto" else arguments.dtype,
+                  overrides=model_config(arguments.model_config),
                   resume=arguments.resume, overwrite=arguments.overwrite)
     if arguments.command == "import":
         if arguments.model:
@@ -176,7 +186,8 @@ def run_conversion(arguments):
     else:
         confirm(arguments, f"export {arguments.path} to {arguments.output}")
         with progress_bar("export") as progress:
-            report = export_hf(arguments.path, arguments.output, tokenizer=arguments.tokenizer, progress=progress, **common)
+            report = export_hf(arguments.path, arguments.output, tokenizer=arguments.tokenizer, progress=progress,
+                               **common)
     tell(report)
 
 

@@ -1,8 +1,8 @@
 """
-torch_dist, the format of Megatron's distributed checkpoints, without Megatron: `.metadata` says which box of which tensor lies
-where in the `.distcp` files; each item there is a torch.save zip of its own.
+torch_dist, the format of Megatron's distributed checkpoints, without Megatron: `.metadata` says which box of which
+tensor lies where in the `.distcp` files; each item there is a torch.save zip of its own.
 
-    DistStore(folder)      tensors of a checkpoint; read(key, offsets, sizes) pastes a box together from the pieces that meet it
+    DistStore(folder)      tensors of a checkpoint; read(key, offsets, sizes) pastes a box from the pieces that meet it
     CkptStore(folder)      the same for `model_weights.ckpt`, one torch.save of a flat dict
     DistWriter(job, ...)   writes one piece after the other; nothing of the size of a stacked tensor is ever built
 """
@@ -17,9 +17,11 @@ from mlx_grpo import UserError
 from mlx_grpo.nemo_files import read_json
 from mlx_grpo.nemo_pickle import TensorRef, TorchZip, metadata_names, read_pickle
 
-SKIPPED = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", "common_state")    # a checkpoint's keys that aren't the model
+# Beginnings of a checkpoint's keys that aren't the model.
+SKIPPED = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", "common_state")
 OBJECT = "._extra_state"
-BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
+           "common_backend_version": 1}
 MAX_METADATA = 1 << 30
 
 
@@ -32,8 +34,9 @@ def counted(values):
 
 
 class DistStore:
-    """The model's tensors of a torch_dist directory: `tensors` key -> (dtype, shape), `objects` the state keys, `skipped` the rest.
-    All boxes, offsets and lengths are checked against each other and the files before anything is read."""
+    """The model's tensors of a torch_dist directory: `tensors` key -> (dtype, shape), `objects` the state keys,
+    `skipped` the rest. All boxes, offsets and lengths are checked against each other and the files before anything is
+    read."""
 
     def __init__(self, folder):
         self.folder, self.tensors, self.pieces, self.objects, self.skipped = folder, {}, {}, set(), []
@@ -50,7 +53,8 @@ class DistStore:
         try:
             self.take(value.state)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise UserError(f"{where} is not the index of a distributed checkpoint ({type(error).__name__}: {error})") from error
+            raise UserError(f"{where} is not the index of a distributed checkpoint ({type(error).__name__}: "
+                            f"{error})") from error
         check_files(folder, self.pieces)
 
     def take(self, state):
@@ -73,6 +77,7 @@ class DistStore:
                 self.add_tensor(key, entry, storage)
 
     def add_tensor(self, key, entry, storage):
+        """Note one tensor and its pieces, each with its place. Raises UserError where they don't fit together."""
         properties = entry.state["properties"].state
         dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
         size, chunks = counted(entry.state["size"]), entry.state["chunks"]
@@ -80,12 +85,14 @@ class DistStore:
         for chunk in chunks:
             offsets, sizes = counted(chunk.state["offsets"]), counted(chunk.state["sizes"])
             if not len(offsets) == len(sizes) == len(size) or any(o + n > m for o, n, m in zip(offsets, sizes, size)):
-                raise UserError(f"{self.folder}: a piece of {key} at {offsets} of {sizes} lies outside the tensor {size}")
+                raise UserError(f"{self.folder}: a piece of {key} at {offsets} of {sizes} lies "
+                                f"outside the tensor {size}")
             if (key, offsets) not in storage:
                 raise UserError(f"{self.folder}: the piece of {key} at {offsets} is missing")
             name, start, length = storage[key, offsets]
             if length < math.prod(sizes) * dtype.itemsize:
-                raise UserError(f"{self.folder}: the piece of {key} at {offsets} has {length} bytes, too few for {sizes}")
+                raise UserError(f"{self.folder}: the piece of {key} at {offsets} has {length} bytes, too few "
+                                f"for {sizes}")
             pieces.append((offsets, sizes, name, start, length))
         check_cover(f"{self.folder}: {key}", size, pieces)
         self.tensors[key], self.pieces[key] = (dtype, size), pieces
@@ -115,7 +122,8 @@ class DistStore:
 
 
 def check_cover(what, size, pieces):
-    """Raises UserError unless the pieces (offsets, sizes, ...) cover the tensor exactly once. All lie inside it already."""
+    """Raises UserError unless the pieces (offsets, sizes, ...) cover the tensor exactly once. All lie inside it
+    already."""
     if not size or any(n == 0 for n in size):
         raise UserError(f"{what} has the shape {size}, without elements")
     if sum(math.prod(piece[1]) for piece in pieces) != math.prod(size):
@@ -178,12 +186,14 @@ class DistWriter:
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, key, size, offsets, extent, dtype, make):
-        """One piece of tensor `key`: make() gives the tensor of shape `extent`; not called where an earlier run wrote it."""
+        """One piece of tensor `key`: make() gives the tensor of shape `extent`; not called where an earlier run wrote
+        it."""
         def save(file):
             import torch
             tensor = make()
             if tuple(tensor.shape) != tuple(extent) or tensor.dtype != dtype:
-                raise AssertionError(f"{key} at {offsets}: {tuple(tensor.shape)} {tensor.dtype}, planned {extent} {dtype}")
+                found = tuple(tensor.shape), tensor.dtype
+                raise AssertionError(f"{key} at {offsets}: {found}, planned {extent} {dtype}")
             tensor = tensor.contiguous()
             if tensor.untyped_storage().nbytes() != tensor.nbytes:
                 tensor = tensor.clone()                        # torch.save writes the whole storage behind a view
@@ -192,7 +202,8 @@ class DistWriter:
         self.storage[key, offsets] = self.add(save)
 
     def put_object(self, key):
-        """TransformerEngine's "no state": a list of one tensor with the bytes of a pickled None, accepted by each of its versions."""
+        """TransformerEngine's "no state": a list of one tensor with the bytes of a pickled None, accepted by each of
+        its versions."""
         def save(file):
             import torch
             torch.save([torch.frombuffer(bytearray(pickle.dumps(None)), dtype=torch.uint8)], file)
@@ -208,12 +219,14 @@ class DistWriter:
         """The index, common.pt and, last, metadata.json, which makes the directory a checkpoint."""
         import torch
         from torch.distributed.checkpoint.filesystem import _StorageInfo
-        from torch.distributed.checkpoint.metadata import (BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta,
-                                                           TensorProperties, TensorStorageMetadata)
+        from torch.distributed.checkpoint.metadata import (BytesStorageMetadata, ChunkStorageMetadata, Metadata,
+                                                           MetadataIndex, StorageMeta, TensorProperties,
+                                                           TensorStorageMetadata)
+        common_properties = {"layout": torch.strided, "requires_grad": False, "pin_memory": False,
+                             "memory_format": torch.contiguous_format}
         tensors = {key: TensorStorageMetadata(
-            TensorProperties(dtype=dtype, layout=torch.strided, requires_grad=False, memory_format=torch.contiguous_format,
-                             pin_memory=False),
-            torch.Size(size), [ChunkStorageMetadata(torch.Size(o), torch.Size(n)) for o, n in chunks])
+            TensorProperties(dtype=dtype, **common_properties), torch.Size(size),
+            [ChunkStorageMetadata(torch.Size(o), torch.Size(n)) for o, n in chunks])
             for key, (dtype, size, chunks) in self.sizes.items()}
         objects = {key: BytesStorageMetadata() for key, offset in self.storage if offset is None}
         storage = {MetadataIndex(fqn=key, offset=None if offset is None else torch.Size(offset)): _StorageInfo(*place)

@@ -1,6 +1,6 @@
 """
-Where a checkpoint's files lie: a directory, or an uncompressed tar read in place. Nothing is unpacked, no link is followed,
-and JSON and YAML are read as data, within limits.
+Where a checkpoint's files lie: a directory, or an uncompressed tar read in place. Nothing is unpacked, no link is
+followed, and JSON and YAML are read as data, within limits.
 """
 
 import json
@@ -33,11 +33,15 @@ class Folder:
     def has(self, name):
         return (self.path / name).is_file()
 
+    def folders(self):
+        return sorted(p.name for p in self.path.iterdir() if p.is_dir())
+
     def sub(self, name):
         return Folder(self.path / name)
 
     def size(self, name):
-        """Bytes of a file. Raises UserError for a name that isn't a plain file here: absent, a link, or with a separator."""
+        """Bytes of a file. Raises UserError for a name that isn't a plain file here: absent, a link, or with a
+        separator."""
         path = self.path / name
         if not name or name != os.path.basename(name) or name in (".", ".."):
             raise UserError(f"{self}: {name!r} is not a bare file name; the checkpoint may be malicious")
@@ -77,6 +81,10 @@ class TarFolder:
     def has(self, name):
         return self.prefix + name in self.members
 
+    def folders(self):
+        own = (name[len(self.prefix):] for name in self.members if name.startswith(self.prefix))
+        return sorted({name.split("/")[0] for name in own if "/" in name})
+
     def sub(self, name):
         return TarFolder(self.path, self.members, f"{self.prefix}{name}/", self.file)
 
@@ -87,19 +95,21 @@ class TarFolder:
 
     def view(self, name, start=0, length=None):
         size = self.size(name)
-        return View(self.file, self.members[self.prefix + name].offset_data + start, size - start if length is None else length)
+        return View(self.file, self.members[self.prefix + name].offset_data + start, size - start
+                    if length is None else length)
 
     def close(self):
         self.file.close()
 
 
 def open_tar(path):
-    """A .nemo archive as a TarFolder. Raises UserError for compression, links, devices, escaping or repeated names, and sizes
-    that the file doesn't have."""
+    """A .nemo archive as a TarFolder. Raises UserError for compression, links, devices, escaping or repeated names, and
+    sizes that the file doesn't have."""
     path, size = Path(path), os.path.getsize(path)
     with open(path, "rb") as file:
         if file.read(2) == b"\x1f\x8b":
-            raise UserError(f"{path} is gzip-compressed, as very old archives are; unpack it (tar xzf) and give the directory")
+            raise UserError(f"{path} is gzip-compressed, as very old archives are; unpack it (tar xzf) and give the "
+                            "directory")
     members = {}
     try:
         with tarfile.open(path, "r:") as archive:
@@ -153,7 +163,8 @@ def read_json(folder, name):
 
 
 def read_yaml(folder, name):
-    """A YAML mapping, by the safe loader. Aliases are refused: no real file has them and they can be made to explode."""
+    """A YAML mapping, by the safe loader. Aliases are refused: no real file has them and they can be made to
+    explode."""
     import yaml
     if folder.size(name) > MAX_YAML:
         raise UserError(f"{folder}/{name} has {folder.size(name)} bytes, too many for a configuration")

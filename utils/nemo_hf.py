@@ -15,19 +15,21 @@ from pathlib import Path
 from mlx_grpo import UserError
 from mlx_grpo.files import check_free_space
 from mlx_grpo.hub_files import hub_trouble
-from mlx_grpo.nemo_files import Folder
+from mlx_grpo.nemo_files import Folder, read_json
 from mlx_grpo.nemo_pickle import TensorRef, TorchZip, View, fill, tensor_bytes
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PATTERNS = ["*.json", "*.jinja", "*.txt", "model*.safetensors", "pytorch_model*.bin", "*.model"]
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
-                   "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "spiece.model", "tekken.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                   "chat_template.json",
+                   "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "spiece.model",
+                   "tekken.json")
 
 
 def fetch(source):
-    """The local directory of a model: a path, or a Hub id (optionally with hf://) that is downloaded into the Hub's cache.
-    Raises UserError naming the login, the licence page or the connection that is missing."""
+    """The local directory of a model: a path, or a Hub id (optionally with hf://) that is downloaded into the Hub's
+    cache. Raises UserError naming the login, the licence page or the connection that is missing."""
     name = str(source).removeprefix("hf://")
     if Path(name).is_dir():
         return Path(name)
@@ -41,7 +43,8 @@ def fetch(source):
             safe = any(file.filename.endswith(".safetensors") for file in files)
             patterns = [p for p in PATTERNS if not (safe and p.endswith(".bin"))]
             wanted = [file for file in files if not (safe and file.filename.endswith(".bin"))]
-            check_free_space(constants.HF_HUB_CACHE, sum(f.file_size or 0 for f in wanted if f.will_download), f"downloading {name}")
+            check_free_space(constants.HF_HUB_CACHE, sum(f.file_size or 0 for f in wanted if f.will_download),
+                             f"downloading {name}")
         except DryRunError:                # the hub can't be reached: what is cached will do
             patterns = PATTERNS
         return Path(snapshot_download(name, allow_patterns=patterns))
@@ -60,19 +63,22 @@ def read_header(path):
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        entries = sorted((e["data_offsets"][0], e["data_offsets"][1], name, e["dtype"], tuple(e["shape"])) for name, e in header.items())
-        if not all(type(n) is int and n >= 0 for start, end, _, _, shape in entries for n in (start, end, *shape)):
-            raise ValueError("sizes are not whole numbers")
+        entries = sorted((*e["data_offsets"], name, e["dtype"], tuple(e["shape"])) for name, e in header.items())
+        for start, end, name, dtype, shape in entries:
+            if type(dtype) is not str or not all(type(n) is int and n >= 0 for n in (start, end, *shape)):
+                raise ValueError(f"the entry of {name}")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UserError(f"{path} is damaged: its header can't be read ({error})") from error
     import torch
     tensors, end_before = {}, 0
     for start, end, name, dtype, shape in entries:
         if dtype not in DTYPE_NAMES:
-            raise UserError(f"{path}: {name} has dtype {dtype}; quantised weights can't be converted, take the unquantised model")
+            raise UserError(f"{path}: {name} has dtype {dtype}; quantised weights can't be converted, take the "
+                            "unquantised model")
         dtype = getattr(torch, DTYPE_NAMES[dtype])
         if start != end_before or end - start != math.prod(shape) * dtype.itemsize:
-            raise UserError(f"{path} is damaged: {name} has bytes {start} to {end}, which don't fit its shape {list(shape)}")
+            raise UserError(f"{path} is damaged: {name} has bytes {start} to {end}, which don't fit its shape "
+                            f"{list(shape)}")
         if 8 + length + end > size:
             raise UserError(f"{path} is cut short: {name} ends at byte {8 + length + end}, the file has {size}")
         tensors[name], end_before = (dtype, shape, 8 + length + start), end
@@ -80,7 +86,8 @@ def read_header(path):
 
 
 class HFSource:
-    """The weights of a model directory: `tensors` name -> (dtype, shape). Raises UserError for missing shards and damaged files."""
+    """The weights of a model directory: `tensors` name -> (dtype, shape). Raises UserError for missing shards and
+    damaged files."""
 
     def __init__(self, path):
         self.path, self.tensors, self.places, self.zips, self.files = Path(path), {}, {}, {}, {}
@@ -102,18 +109,15 @@ class HFSource:
         self.listed = ()
         for single in ("model.safetensors", "pytorch_model.bin"):
             if (self.path / f"{single}.index.json").is_file():
-                from mlx_grpo.nemo_files import read_json
-                index = read_json(self.text_folder(), f"{single}.index.json")
+                index = read_json(HubFolder(self.path), f"{single}.index.json")
                 self.listed = index.get("weight_map") if isinstance(index, dict) else None
-                if not isinstance(self.listed, dict) or not all(type(v) is str and "/" not in v for v in self.listed.values()):
+                names = self.listed.values() if isinstance(self.listed, dict) else [None]
+                if not all(type(name) is str and "/" not in name for name in names):
                     raise UserError(f"{self.path}/{single}.index.json has no weight_map of bare file names")
-                return sorted(set(self.listed.values()))
+                return sorted(set(names))
             if (self.path / single).is_file():
                 return [single]
-        raise UserError(f"{self.path} has no weights (looked for model.safetensors, pytorch_model.bin and their indexes)")
-
-    def text_folder(self):
-        return HubFolder(self.path)
+        raise UserError(f"{self.path} has no weights (looked for model.safetensors, pytorch_model.bin, their indexes)")
 
     def open(self, name):
         if name not in self.files:
@@ -139,7 +143,8 @@ class HFSource:
         if file in self.zips:
             return self.zips[file].read(place, (start,) + (0,) * (len(shape) - 1), sizes)
         tensor = torch.empty(sizes, dtype=dtype)
-        fill(tensor, self.open(file), place + start * math.prod(shape[1:]) * dtype.itemsize, f"{self.path / file} ({name})")
+        begin = place + start * math.prod(shape[1:]) * dtype.itemsize
+        fill(tensor, self.open(file), begin, f"{self.path / file} ({name})")
         return tensor
 
     def close(self):
@@ -184,14 +189,16 @@ class HFWriter:
         entries, at = {"__metadata__": {"format": "pt"}}, 0
         for name, (dtype, shape) in dict(self.shards)[file].items():
             end = at + math.prod(shape) * dtype.itemsize
-            entries[name] = {"dtype": names[str(dtype).removeprefix("torch.")], "shape": list(shape), "data_offsets": [at, end]}
+            entries[name] = {"dtype": names[str(dtype).removeprefix("torch.")], "shape": list(shape),
+                             "data_offsets": [at, end]}
             at = end
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
     def put(self, names, make):
-        """The next tensors, all of one step: make() gives them, in the order of `names`; not called where they are written."""
+        """The next tensors, all of one step: make() gives them, in the order of `names`; not called where they are
+        written."""
         for file in dict.fromkeys(self.file_of[name] for name in names):
             if file not in self.headed:
                 self.headed.add(file)
@@ -212,20 +219,26 @@ class HFWriter:
     def finish(self):
         """The index of the shards, where there are several."""
         if len(self.shards) > 1:
-            total = sum(math.prod(shape) * dtype.itemsize for _, shard in self.shards for dtype, shape in shard.values())
-            index = {"metadata": {"total_size": total}, "weight_map": self.file_of}
+            sizes = [math.prod(shape) * dtype.itemsize for _, shard in self.shards for dtype, shape in shard.values()]
+            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": self.file_of}
             (self.job.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def tokenizer_length(folder):
-    """Number of distinct ids in tokenizer.json (vocabulary and added tokens); None without one."""
-    if folder is None or not folder.has("tokenizer.json"):
-        return None
-    from mlx_grpo.nemo_files import read_json
+def read_tokenizer(folder):
+    """(number of distinct ids of vocabulary and added tokens, {text of an added token: its id}) of tokenizer.json."""
     tokenizer = read_json(folder, "tokenizer.json")
-    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
-    ids = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
-    return len(ids | {token["id"] for token in tokenizer.get("added_tokens") or []})
+    try:
+        vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+        ids = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
+        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
+        return len(ids | set(added.values())), added
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/tokenizer.json is not a tokenizer ({type(error).__name__}: {error})") from error
+
+
+def tokenizer_length(folder):
+    """Number of distinct ids in tokenizer.json; None without one."""
+    return read_tokenizer(folder)[0] if folder is not None and folder.has("tokenizer.json") else None
 
 
 def copy_tokenizer(folder, directory):
@@ -239,16 +252,16 @@ def copy_tokenizer(folder, directory):
 
 
 def token_ids(folder, generation_config):
-    """{bos_token_id, eos_token_id, pad_token_id}: from generation_config.json, else from the tokenizer's own names of those tokens;
-    None where neither says, so that no default of transformers steps in."""
+    """{bos_token_id, eos_token_id, pad_token_id}: from generation_config.json, else from the tokenizer's own names of
+    those tokens; None where neither says, so that no default of transformers steps in."""
     names = ("bos_token", "eos_token", "pad_token")
     given = {f"{name}_id": (generation_config or {}).get(f"{name}_id") for name in names}
-    if any(value is not None for value in given.values()) or folder is None or not (folder.has("tokenizer_config.json") and folder.has("tokenizer.json")):
+    if folder is None or any(value is not None for value in given.values()):
         return given
-    from mlx_grpo.nemo_files import read_json
-    tokenizer, config = read_json(folder, "tokenizer.json"), read_json(folder, "tokenizer_config.json")
-    known = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
-    for name in names:
-        token = config.get(name)
-        given[f"{name}_id"] = known.get(token.get("content") if isinstance(token, dict) else token)
+    if folder.has("tokenizer_config.json") and folder.has("tokenizer.json"):
+        known, config = read_tokenizer(folder)[1], read_json(folder, "tokenizer_config.json")
+        for name in names:
+            token = config.get(name) if isinstance(config, dict) else None
+            token = token.get("content") if isinstance(token, dict) else token
+            given[f"{name}_id"] = known.get(token) if isinstance(token, str) else None
     return given

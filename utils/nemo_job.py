@@ -1,6 +1,6 @@
 """
-A conversion that can be interrupted: it writes into a hidden directory beside its target, keeps a journal of what is complete,
-and is renamed at the end. `--resume` cuts the files back to the journal and goes on.
+A conversion that can be interrupted: it writes into a hidden directory beside its target, keeps a journal of what is
+complete, and is renamed at the end. `--resume` cuts the files back to the journal and goes on.
 
     with resumable(target, fingerprint, resume, overwrite) as job:
         job.append(path, save)       # save(file) writes one item at the end of `path`, once over all runs
@@ -25,7 +25,8 @@ SYNC_BYTES = 64 << 20      # the journal runs at most this far behind the data
 
 
 class Job:
-    """The hidden directory `directory` and its journal: one line per item, [file, start, end], in the order of writing."""
+    """The hidden directory `directory` and its journal: one line per item, [file, start, end], in the order of
+    writing."""
 
     def __init__(self, directory, journal, done):
         self.directory, self.journal, self.done = directory, journal, done
@@ -53,7 +54,8 @@ class Job:
         if self.index < len(self.done):
             recorded, start, end = self.done[self.index]
             if recorded != name:
-                raise UserError(f"the journal of the interrupted run names {recorded} where {name} comes next; run without --resume")
+                raise UserError(f"the journal of the interrupted run names {recorded} where {name} comes next; run "
+                                "without --resume")
         else:
             start = file.tell()
             save(file)
@@ -83,7 +85,8 @@ class Job:
 
 
 def read_journal(path, fingerprint):
-    """The complete lines of an interrupted run's journal, [] where it is empty. Raises UserError where it is another conversion's."""
+    """The complete lines of an interrupted run's journal, [] where it is empty. Raises UserError where it is another
+    conversion's."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     if lines and json.loads(lines[0]) != fingerprint:
         raise UserError(f"{path.parent} holds an interrupted conversion of another source or with other options; "
@@ -92,8 +95,9 @@ def read_journal(path, fingerprint):
 
 
 def open_directory(target, overwrite, resume):
-    """(hidden directory beside `target`, its locked journal); what an interrupted run left is emptied unless `resume`. Raises
-    UserError where `target` exists (unless `overwrite`), can't be written, or another conversion is writing to it."""
+    """(hidden directory beside `target`, its locked journal); what an interrupted run left is emptied unless `resume`.
+    Raises UserError where `target` exists (unless `overwrite`), can't be written, or another conversion is writing to
+    it."""
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} already exists; choose another place, remove it, or pass --overwrite")
     work = target.with_name(f".{target.name}.partial")
@@ -101,7 +105,8 @@ def open_directory(target, overwrite, resume):
         work.mkdir(parents=True, exist_ok=True)
         journal = open(work / ".journal", "a+")
     except OSError as error:
-        raise UserError(f"can't write in {target.parent}: {error.strerror}; choose a directory you can write to, or change its "
+        raise UserError(f"can't write in {target.parent}: {error.strerror}; choose a directory you can write to, or "
+                        "change its "
                         "permissions") from error
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,8 +133,9 @@ def publish(result, target):
 
 @contextlib.contextmanager
 def resumable(target, fingerprint, resume=False, overwrite=False, result="."):
-    """Yields a Job; afterwards `result` (a path inside its directory) is renamed to `target`. fingerprint: JSON data that is the
-    same only for the same conversion. Raises UserError where `target` exists (unless `overwrite`) or can't be written."""
+    """Yields a Job; afterwards `result` (a path inside its directory) is renamed to `target`. fingerprint: JSON data
+    that is the same only for the same conversion. Raises UserError where `target` exists (unless `overwrite`) or can't
+    be written."""
     target = Path(target).absolute()
     work, journal = open_directory(target, overwrite, resume)
     keep, job = False, None
@@ -159,7 +165,8 @@ def resumable(target, fingerprint, resume=False, overwrite=False, result="."):
         keep = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not keep:
             raise
-        raise UserError(f"the disk of {target.parent} is full; free some space, then the same command with --resume goes on") from error
+        raise UserError(f"the disk of {target.parent} is full; free some space, then the same command with --resume "
+                        "goes on") from error
     finally:
         if job is not None:
             job.close()

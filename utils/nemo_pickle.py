@@ -1,9 +1,10 @@
 """
 Reading torch's files without running what is in them.
 
-A checkpoint's pickles may name any function; here each name is looked up in a short list and everything else is refused, on
-the pickle machine of safe_pickle.py. Nothing is imported or built for a file: its classes become inert records, its tensors
-become TensorRef (where the bytes lie), and sizes are checked against the file before memory is taken.
+A checkpoint's pickles may name any function; here each name is looked up in a short list and everything else is
+refused, on the pickle machine of safe_pickle.py. Nothing is imported or built for a file: its classes become inert
+records, its tensors become TensorRef (where the bytes lie), and sizes are checked against the file before memory is
+taken.
 
     read_pickle(data, metadata_names(), what)   the `.metadata` of a torch_dist checkpoint
     TorchZip(view, what).value                  what torch.save wrote, with TensorRef in place of tensors
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 from mlx_grpo import UserError
 from mlx_grpo.safe_pickle import Refusing
+
 
 class View(io.RawIOBase):
     """Bytes [start, start + length) of an open binary file, as a read-only file of their own."""
@@ -59,6 +61,7 @@ class Table(dict):
 
 
 def record(name):
+    """A new class of stand-ins, for one file: a hostile one can't leave anything behind in it."""
     return type(name, (Record,), {})
 
 
@@ -92,16 +95,19 @@ def storage_dtypes():
     """torch's storage classes, as torch.save names them, and their dtypes."""
     import torch
     return {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16,
-            "DoubleStorage": torch.float64, "IntStorage": torch.int32, "LongStorage": torch.int64, "ShortStorage": torch.int16,
-            "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+            "DoubleStorage": torch.float64, "IntStorage": torch.int32, "LongStorage": torch.int64,
+            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+            "BoolStorage": torch.bool}
 
 
 def tensor_names():
-    """The globals of a torch.save file that are accepted; BytesIO is how TransformerEngine 1.x kept its state (unread)."""
+    """The globals of a torch.save file that are accepted; BytesIO is how TransformerEngine 1.x kept its state
+    (unread)."""
     names = {("torch", name): dtype for name, dtype in storage_dtypes().items()}
     names |= {("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor, ("collections", "OrderedDict"): Table,
               ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-              ("_io", "BytesIO"): record("BytesIO"), ("_codecs", "encode"): record("encode"), ("torch", "Size"): record("Size")}
+              ("_io", "BytesIO"): record("BytesIO"), ("_codecs", "encode"): record("encode"),
+              ("torch", "Size"): record("Size")}
     return names
 
 
@@ -115,7 +121,8 @@ def metadata_names():
     names |= {(f"{dcp}.planner", n): record(n) for n in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")}
     names |= {(f"{dcp}.filesystem", "_StorageInfo"): record("_StorageInfo"),
               ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): record("MCoreSavePlan"),
-              (old, "TensorProperties"): record("TensorProperties"), (old, "MEM_FORMAT_ENCODING"): record("MEM_FORMAT_ENCODING"),
+              (old, "TensorProperties"): record("TensorProperties"),
+              (old, "MEM_FORMAT_ENCODING"): record("MEM_FORMAT_ENCODING"),
               ("torch.serialization", "_get_layout"): record("_get_layout"), ("torch", "Size"): torch.Size,
               ("collections", "OrderedDict"): Table}
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
@@ -153,7 +160,8 @@ class Reader(Refusing):
 
 
 def read_pickle(data, names, what):
-    """The value of the pickle `data` (bytes), built from `names` alone. Raises UserError for anything else, naming `what`."""
+    """The value of the pickle `data` (bytes), built from `names` alone. Raises UserError for anything else, naming
+    `what`."""
     return Reader(data, names).read_one(what)
 
 
@@ -161,9 +169,9 @@ class TorchZip:
     """One torch.save file (a zip of stored entries) in `view`, a seekable binary file."""
 
     def __init__(self, view, what, max_pickle=256 << 20):
-        self.view, self.what = view, what
+        self.view, self.what, buffered = view, what, io.BufferedReader(view)
         try:
-            with zipfile.ZipFile(io.BufferedReader(view)) as archive:
+            with zipfile.ZipFile(buffered) as archive:
                 self.entries = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
                 pickle_info = self.entries.get("data.pkl")
                 if pickle_info is None or pickle_info.file_size > max_pickle:
@@ -175,6 +183,7 @@ class TorchZip:
                 self.value = read_pickle(archive.read(pickle_info), tensor_names(), what)
         except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError) as error:
             raise UserError(f"{what} is damaged or cut short: {error}") from error
+        buffered.detach()                                       # else it closes the view when it is collected
 
     def data_start(self, ref):
         """Where the storage's bytes begin in the view; raises UserError where they aren't all there."""
@@ -229,7 +238,8 @@ def tensor_bytes(tensor):
 
 
 def fill(tensor, file, start, what):
-    """Read the tensor's bytes from `start` of an open file into its own memory. Raises UserError where they end early."""
+    """Read the tensor's bytes from `start` of an open file into its own memory. Raises UserError where they end
+    early."""
     target = tensor_bytes(tensor)
     file.seek(start)
     while len(target):

@@ -1,6 +1,6 @@
 """
-Proof that a Hugging Face model and a NeMo checkpoint are the same: every tensor bit for bit, the values of the configuration, and,
-where transformers can run both, logits and a generation on prompts.
+Proof that a Hugging Face model and a NeMo checkpoint are the same: every tensor bit for bit, the values of the
+configuration, and, where transformers can run both, logits and a generation on prompts.
 
     validate_conversion(hf_path, nemo_path, test_prompt)     true if they are; prints the report
 """
@@ -12,11 +12,12 @@ from pathlib import Path
 from mlx_grpo import UserError
 from mlx_grpo.files import human_bytes
 from mlx_grpo.nemo_config import spec_from_hf
-from mlx_grpo.nemo_convert import export_hf, resolve
+from mlx_grpo.nemo_convert import export_hf
 from mlx_grpo.nemo_files import read_json
 from mlx_grpo.nemo_hf import HFSource, HubFolder, fetch
 from mlx_grpo.nemo_read import open_checkpoint
-from mlx_grpo.nemo_weights import same_bits
+from mlx_grpo.nemo_layout import BUFFERS, same_bits
+from mlx_grpo.nemo_resolve import resolve
 
 PROMPTS = ("Hello, how are you?", "請問什麼是人工智慧？")
 TOLERANCE = 1e-4           # largest logit difference in float32, relative to the largest logit (at least 1)
@@ -27,6 +28,7 @@ NEW_TOKENS = 16
 class Verification:
     """True as a condition if nothing differs. `lines`: the report."""
     passed: bool = True
+    converted: int = 0         # tensors whose dtype differs, compared after conversion
     lines: list = field(default_factory=list)
 
     def __bool__(self):
@@ -45,13 +47,14 @@ def validate_conversion(hf_path, nemo_path, test_prompt=PROMPTS, say=print):
     path, result = fetch(hf_path), Verification()
     source, checkpoint = HFSource(path), open_checkpoint(nemo_path)
     _, spec, _, steps = resolve(checkpoint)
-    compare_tensors(source, steps, result)
+    compare_tensors(source, steps, spec["share_embeddings_and_output_weights"], result)
     family, expected = spec_from_hf(read_json(HubFolder(path), "config.json"))
     if family.name != checkpoint.family.name:
         result.say(f"architecture: {family.name} and {checkpoint.family.name}", False)
     for name in sorted(expected):
         if name != "params_dtype" and expected[name] != spec.get(name):
-            result.lines.append(f"configuration: {name} is {expected[name]!r} in the Hugging Face model, {spec.get(name)!r} in the checkpoint")
+            result.lines.append(f"configuration: {name} is {expected[name]!r} in the Hugging Face model, "
+                                f"{spec.get(name)!r} in the checkpoint")
     checkpoint.close()
     source.close()
     compare_logits(path, checkpoint, prompts, result)
@@ -61,15 +64,13 @@ def validate_conversion(hf_path, nemo_path, test_prompt=PROMPTS, say=print):
     return result
 
 
-def compare_tensors(source, steps, result):
+def compare_tensors(source, steps, tied, result):
     """Every tensor of the export against the source's: names, shapes, dtypes, bits."""
     import torch
-    ours, theirs, different, converted, tensors = 0, 0, [], 0, 0
-    seen = set()
+    ours, different, seen = 0, [], set()
     for step in steps:
         for name, shape, made in zip(step.names, step.shapes, step.make()):
             seen.add(name)
-            tensors += 1
             ours += made.numel()
             if name not in source.tensors:
                 different.append(f"{name} is only in the checkpoint")
@@ -78,20 +79,21 @@ def compare_tensors(source, steps, result):
             if tuple(expected) != tuple(shape):
                 different.append(f"{name} has shape {list(expected)} in the source, {list(shape)} in the checkpoint")
                 continue
-            converted += kind != step.dtype
+            result.converted += kind != step.dtype
             read = lambda a, b, name=name: source.read(name, (a, b)).to(step.dtype)      # noqa: B023, E731
             if not same_bits(read, lambda a, b, made=made: made[a:b], shape[0], made[0].numel() * made.element_size()):
                 worst = (source.read(name).to(torch.float32) - made.to(torch.float32)).abs().max()
                 different.append(f"{name} differs by up to {float(worst):.3g}")
-    head = {"lm_head.weight", "embed_out.weight"}                    # a tied model's file may hold the head as well
-    different += [f"{name} is only in the source" for name in sorted(set(source.tensors) - seen - head) if "inv_freq" not in name]
+    head = {"lm_head.weight", "embed_out.weight"} if tied else set()     # a tied model's file may hold it as well
+    different += [f"{name} is only in the source" for name in sorted(set(source.tensors) - seen - head)
+                  if not BUFFERS.search(name)]
     theirs = sum(torch.Size(shape).numel() for name, (_, shape) in source.tensors.items() if name in seen)
     for line in different[:10]:
         result.say(line, False)
     if len(different) > 10:
         result.say(f"and {len(different) - 10} more", False)
-    note = f" ({converted} compared after conversion to the checkpoint's dtype)" if converted else ""
-    result.lines.append(f"tensors: {tensors - len(different)} of {tensors} equal bit for bit{note}")
+    note = f" ({result.converted} after conversion to the checkpoint's dtype)" if result.converted else ""
+    result.lines.append(f"tensors: {len(seen) - len(different)} of {len(seen)} equal bit for bit{note}")
     result.say(f"parameters: {theirs:,} in the Hugging Face model, {ours:,} in the checkpoint", theirs == ours)
 
 
@@ -104,7 +106,8 @@ def why_not_run(path, checkpoint):
         return "transformers is not installed"
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return f"{path} has no tokenizer"
-    weights = sum(f.stat().st_size for f in path.glob("*.safetensors")) or sum(f.stat().st_size for f in path.glob("*.bin"))
+    files = list(path.glob("*.safetensors")) or list(path.glob("*.bin"))
+    weights = sum(file.stat().st_size for file in files)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 3 * weights > memory:
         return f"float32 weights of {human_bytes(weights)} stored need more than the {human_bytes(memory)} of memory"
@@ -125,11 +128,14 @@ def compare_logits(path, checkpoint, prompts, result):
         try:
             theirs, ours = run_model(path, path, prompts), run_model(exported, path, prompts)
         except (ValueError, KeyError, ImportError, OSError) as error:
-            result.lines.append(f"logits: not compared, transformers can't run the model ({str(error).splitlines()[0]})")
+            result.lines.append("logits: not compared, transformers can't run the model "
+                                f"({str(error).splitlines()[0]})")
             return
     for prompt, (logits_a, text_a), (logits_b, text_b) in zip(prompts, theirs, ours):
         worst, limit = float((logits_a - logits_b).abs().max()), TOLERANCE * max(1.0, float(logits_a.abs().max()))
-        result.say(f"logits on {prompt!r}: largest difference {worst:.3g} (limit {limit:.3g})", worst <= limit)
+        judged = f"(limit {limit:.3g})" if not result.converted else "(not judged, the dtypes differ)"
+        result.say(f"logits on {prompt!r}: largest difference {worst:.3g} {judged}", worst <= limit
+                   or result.converted > 0)
         result.lines.append(f"  Hugging Face goes on: {text_a!r}")
         result.lines.append(f"  the checkpoint:       {text_b!r}")
 
@@ -140,7 +146,8 @@ def run_model(path, tokenizer_path, prompts):
     import transformers
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    model.eval()
     results = []
     with torch.no_grad():
         for prompt in prompts:

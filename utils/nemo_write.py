@@ -1,23 +1,26 @@
 """
-The files around the weights, as NVIDIA's savers write them: NeMo 2's context, Megatron-Bridge's run_config.yaml, NeMo 1's archive.
+The files around the weights, as NVIDIA's savers write them: NeMo 2's context, Megatron-Bridge's run_config.yaml, NeMo
+1's archive.
 
 Options that have no meaning for the weights come from nemo_defaults.yaml; nothing holds a path of this machine.
 """
 
 import json
-import re
 import tarfile
 from functools import cache
 from pathlib import Path
 
-from mlx_grpo.nemo_config import CLASS_DEFAULTS, to_bridge, to_nemo1, to_nemo2
+from mlx_grpo.nemo_config_in import CLASS_DEFAULTS
+from mlx_grpo.nemo_config_out import to_bridge, to_nemo1, to_nemo2
+from mlx_grpo.nemo_fiddle import Config, write_graph
 from mlx_grpo.nemo_hf import copy_tokenizer
 from mlx_grpo.nemo_read import GENERATION, SIDECAR
 
-CARRIED = (   # arguments of a nemo2 config class beyond those NVIDIA's importer passes, where the model needs another value
-    "kv_channels", "num_query_groups", "seq_length", "max_position_embeddings", "window_size", "cp_comm_type", "moe_aux_loss_coeff",
-    "attention_dropout", "hidden_dropout", "rotary_percent", "seq_len_interpolation_factor", "vocab_size", "scale_factor", "low_freq_factor",
-    "high_freq_factor", "old_context_len", "generation_config")
+# Arguments of a nemo2 config class that are passed, beyond those NVIDIA's importer passes, where its default is wrong.
+CARRIED = (
+    "kv_channels", "num_query_groups", "seq_length", "max_position_embeddings", "window_size", "cp_comm_type",
+    "moe_aux_loss_coeff", "attention_dropout", "hidden_dropout", "rotary_percent", "seq_len_interpolation_factor",
+    "vocab_size", "scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len", "generation_config")
 FLOAT32 = {"_target_": "torch.float32", "_call_": False}
 
 
@@ -29,7 +32,8 @@ def defaults():
 
 
 def configuration(container, family, spec, tokenizer_length, has_generation_config):
-    """The mapping that describes the model in a container: nemo2's `config`, bridge's `model`, or nemo1's model_config.yaml."""
+    """The mapping that describes the model in a container: nemo2's `config`, bridge's `model`, or nemo1's
+    model_config.yaml."""
     if container == "nemo2":
         part = defaults()["nemo2"]
         own = part["families"][family.name]
@@ -46,6 +50,7 @@ def configuration(container, family, spec, tokenizer_length, has_generation_conf
 
 
 def dump_yaml(value, path):
+    """Write a mapping as YAML; keys sorted as NVIDIA's files have them (model_config.yaml is in its own order)."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -56,6 +61,7 @@ def dump_yaml(value, path):
 
 
 def dump_json(value, path):
+    """Write JSON as Hugging Face's libraries do, so that an unchanged file comes back byte for byte."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -65,7 +71,8 @@ def dump_json(value, path):
 def write_nemo2(directory, family, config, source):
     """context/ of a NeMo 2 checkpoint. source: its config.json (hf_config), generation_config and tokenizer folder."""
     context = directory / "context"
-    model = defaults()["nemo2"]["model"] | {"_target_": f"nemo.collections.llm.gpt.model.{family.nemo2[0]}.{family.nemo2[1]}"}
+    module, model_class, _ = family.nemo2
+    model = defaults()["nemo2"]["model"] | {"_target_": f"nemo.collections.llm.gpt.model.{module}.{model_class}"}
     if family.name != "llama":
         del model["model_context_managers"]                  # a field of NeMo's LlamaModel alone
     dump_yaml(model | {"config": config}, context / "model.yaml")
@@ -77,7 +84,8 @@ def write_nemo2(directory, family, config, source):
 
 
 def passed_arguments(family, config):
-    """The config's entries that io.json passes: those of NVIDIA's importer, and the carried ones that differ from the class."""
+    """The config's entries that io.json passes: those of NVIDIA's importer, and the carried ones that differ from the
+    class."""
     part = defaults()["nemo2"]
     own = part["families"][family.name]
     names = [name for name in own["arguments"] if name in config]
@@ -88,7 +96,6 @@ def passed_arguments(family, config):
 
 def context_graph(family, config):
     """io.json: the fiddle graph that NeMo loads, in the form its own saver gives it."""
-    graph = Graph()
     part = defaults()["nemo2"]
     optim = part["model"]["optim"]["config"]
     optimizer = {name: FLOAT32 if name.endswith("_dtype") else optim[name] for name in part["optimizer_arguments"]}
@@ -106,83 +113,11 @@ def context_graph(family, config):
                 "ckpt_save_optimizer": False, "kwargs": {"always_save_context": True}}),
             "devices": 1}),
         "extra": {}})
-    key = graph.add_value(root, "<root>")
-    for nodes in graph.pyrefs.values():                      # one pyref object in memory: each of its places names all of them
-        for node in nodes:
-            node["paths"] = [path for other in nodes for path in other["own"]]
-    for nodes in graph.pyrefs.values():
-        for node in nodes:
-            del node["own"]
-    return {"root": key, "objects": graph.objects, "refcounts": dict.fromkeys(graph.objects, 1), "version": "0.0.1"}
-
-
-class Config:
-    """A fiddle Config: a callable's dotted name and its arguments."""
-
-    def __init__(self, target, arguments):
-        self.target, self.arguments = target, arguments
-
-
-class Graph:
-    """Fiddle's serialisation of Configs, lists, mappings and plain values, children before parents."""
-
-    def __init__(self):
-        self.objects, self.counts, self.pyrefs = {}, {}, {}
-
-    def add(self, name, node):
-        """Store an object under `<name>_<n>` and return the reference to it."""
-        self.counts[name] = self.counts.get(name, 0) + 1
-        key = f"{name}_{self.counts[name]}"
-        self.objects[key] = node
-        return {"type": "ref", "key": key}
-
-    def add_value(self, value, path):
-        if isinstance(value, dict) and "_target_" in value:
-            if value.get("_call_") is False:
-                node = pyref(value["_target_"]) | {"own": [path]}
-                self.pyrefs.setdefault(value["_target_"], []).append(node)
-                return node
-            value = Config(value["_target_"], {k: v for k, v in value.items() if k != "_target_"})
-        if isinstance(value, Config):
-            return self.add_config(value, path)
-        if isinstance(value, dict):
-            items = [[f"Key(key={k!r})", self.add_value(v, f"{path}[{k!r}]")] for k, v in value.items()]
-            metadata = self.add_tuple(value) if value else EMPTY_TUPLE
-            return self.add("dict", {"type": builtin("dict"), "items": items, "metadata": metadata, "paths": [path]})
-        if isinstance(value, list):
-            items = [[f"Index(index={i})", self.add_value(v, f"{path}[{i}]")] for i, v in enumerate(value)]
-            return self.add("list", {"type": builtin("list"), "items": items, "metadata": None, "paths": [path]})
-        return {"type": "leaf", "value": value, "paths": [path]}
-
-    def add_tuple(self, names):
-        return self.add("tuple", {"type": builtin("tuple"), "metadata": None,
-                                  "items": [[f"Index(index={i})", name] for i, name in enumerate(names)]})
-
-    def add_config(self, config, path):
-        items = [[f"Attr(name={k!r})", self.add_value(v, f"{path}.{k}")] for k, v in config.arguments.items()]
-        names = self.add_tuple(config.arguments)
-        tags, history = (self.add("dict", {"type": builtin("dict"), "items": [], "metadata": EMPTY_TUPLE}) for _ in range(2))
-        kind = pyref("fiddle._src.config.BuildableTraverserMetadata")
-        metadata = self.add("buildable_traverser_metadata", {"type": kind, "metadata": kind, "items": [
-            ["Attr(name='fn_or_cls')", pyref(config.target)], ["Attr(name='argument_names')", names],
-            ["Attr(name='argument_tags')", tags], ["Attr(name='argument_history')", history]]})
-        name = re.sub(r"(?<!^)(?=[A-Z])", "_", config.target.rsplit(".", 1)[-1]).lower()
-        return self.add(name, {"type": pyref("fiddle._src.config.Config"), "items": items, "metadata": metadata, "paths": [path]})
-
-
-def pyref(target):
-    module, name = target.rsplit(".", 1)
-    return {"type": "pyref", "module": module, "name": name}
-
-
-def builtin(name):
-    return pyref(f"builtins.{name}")
-
-
-EMPTY_TUPLE = {"type": builtin("tuple"), "items": [], "metadata": None}
+    return write_graph(root)
 
 
 def progress(*keys):
+    """One of Lightning's counters, at zero."""
     return {"total": dict.fromkeys(keys, 0), "current": dict.fromkeys(keys, 0)}
 
 
@@ -190,10 +125,10 @@ def lightning_state():
     """common.pt of NeMo 2: what Lightning 2.4 saves before a first step."""
     import torch
     batch = progress("ready", "completed", "started", "processed")
-
     loop = {"state_dict": {}, "batch_progress": batch | {"is_last_batch": False}}
     fit = {"state_dict": {}, "epoch_loop.state_dict": {"_batches_that_stepped": 0},
-           "epoch_loop.batch_progress": batch | {"is_last_batch": False}, "epoch_loop.scheduler_progress": progress("ready", "completed"),
+           "epoch_loop.batch_progress": batch | {"is_last_batch": False},
+           "epoch_loop.scheduler_progress": progress("ready", "completed"),
            "epoch_loop.automatic_optimization.state_dict": {},
            "epoch_loop.automatic_optimization.optim_progress": {"optimizer": {
                "step": progress("ready", "completed"), "zero_grad": progress("ready", "completed", "started")}},
@@ -204,10 +139,13 @@ def lightning_state():
     callback = ("ModelCheckpoint{'monitor': None, 'mode': 'min', 'every_n_train_steps': 0, 'every_n_epochs': 1, "
                 "'train_time_interval': None}")
     return {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.4.0", "state_dict": {},
-            "loops": {"fit_loop": fit, "validate_loop": loop, "test_loop": loop, "predict_loop": loop | {"batch_progress": batch}},
-            "callbacks": {callback: {"monitor": None, "best_model_score": None, "best_model_path": "", "current_score": None, "dirpath": None,
-                                     "best_k_models": {}, "kth_best_model_path": "", "kth_value": torch.tensor(float("inf")),
-                                     "last_model_path": ""}},
+            "loops": {"fit_loop": fit, "validate_loop": loop, "test_loop": loop,
+                      "predict_loop": loop | {"batch_progress": batch}},
+            "callbacks": {callback: {
+                "monitor": None, "best_model_score": None, "best_model_path": "", "current_score": None,
+                "dirpath": None,
+                "best_k_models": {}, "kth_best_model_path": "", "kth_value": torch.tensor(float("inf")),
+                "last_model_path": ""}},
             "optimizer_states": {}, "lr_schedulers": [],
             "content_metadata": {"distrib_optim_sharding_type": "fully_sharded_model_space"}}
 
@@ -221,12 +159,14 @@ def bridge_state():
 
 
 def write_bridge(directory, model, source, name):
-    """run_config.yaml, tokenizer and train state around directory/iter_0000000. name: of the checkpoint, for its own config."""
+    """run_config.yaml, tokenizer and train state around directory/iter_0000000. name: of the checkpoint, for its own
+    config."""
     import torch
     iteration = directory / "iter_0000000"
     config = dict(defaults()["bridge"]["run_config"])
     config |= {"model": model | {"hf_model_id": source.name},
-               "checkpoint": config["checkpoint"] | {"save": name}, "tokenizer": config["tokenizer"] | {"tokenizer_model": source.name}}
+               "checkpoint": config["checkpoint"] | {"save": name},
+               "tokenizer": config["tokenizer"] | {"tokenizer_model": source.name}}
     dump_yaml(config, iteration / "run_config.yaml")
     copy_tokenizer(source.tokenizer, iteration / "tokenizer")
     state = {key: torch.tensor(0, dtype=torch.int32) for key in
@@ -244,7 +184,8 @@ def write_bridge(directory, model, source, name):
 # ---- NeMo 1 ----
 
 def write_nemo1(content, config, source):
-    """The files of a .nemo archive beside content/model_weights. Ours has the tokenizer too, which NeMo keeps by name only."""
+    """The files of a .nemo archive beside content/model_weights. Ours has the tokenizer too, which NeMo keeps by name
+    only."""
     tokenizer = {"library": "huggingface", "type": source.name, "use_fast": True}
     dump_yaml(config | {"tokenizer": tokenizer}, content / "model_config.yaml")
     copy_tokenizer(source.tokenizer, content / "tokenizer")
@@ -254,10 +195,13 @@ def write_nemo1(content, config, source):
 
 
 def pack(content, archive, done):
-    """Write the directory `content` as the tar `archive`: ./ names, plain files, no owner, no time. done(bytes) after each file."""
+    """Write the directory `content` as the tar `archive`: ./ names, plain files, no owner, no time. done(bytes) after
+    each file."""
     def member(path, name, size):
         info = tarfile.TarInfo(name)
-        info.size, info.mode, info.type = size, 0o755 if path.is_dir() else 0o644, tarfile.DIRTYPE if path.is_dir() else tarfile.REGTYPE
+        info.size, info.mode, info.type = size, 0o644, tarfile.REGTYPE
+        if path.is_dir():
+            info.mode, info.type = 0o755, tarfile.DIRTYPE
         info.uname = info.gname = "root"
         return info
     with open(archive, "wb") as out, tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
