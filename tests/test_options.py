@@ -161,6 +161,7 @@ rates = logged("learning_rate")
 LOCAL = dict(dataset="rows.jsonl", eval_samples=100)
 HUB = dict(dataset="some/data", eval_samples=100)
 LORA = dict(fine_tune_type="lora")
+EVAL = dict(eval_samples=4)
 
 TABLE = {
     "model_name": (sampled, "other", {}),
@@ -170,7 +171,7 @@ TABLE = {
                      else run.trainer.model.model.norm.weight.dtype), "bfloat16", {"dtype": "float32"}),
     "seed": (sampled, 1, {"shuffle": False, "dataset": "rows.jsonl", "eval_samples": 0}),
     "output_dir": (places, "elsewhere", {}), "run_name": (places, "mine", {}),
-    "dataset": (problems, "synthetic:reverse", {}),
+    "dataset": (problems, "synthetic:reverse", EVAL),
     "dataset_config": (hub, "socratic", HUB), "dataset_split": (hub, "validation", HUB), "eval_split": (hub, "validation", HUB),
     "eval_fraction": (problems, 0.5, LOCAL),
     "prompt_column": (problems, "task", LOCAL), "answer_column": (problems, "gold", LOCAL), "solution_column": (problems, "demo", LOCAL),
@@ -202,7 +203,7 @@ TABLE = {
     "lora_dropout": (moved, 0.5, LORA), "lora_layers": (trainable, 1, LORA), "lora_keys": (trainable, ["self_attn.q_proj"], LORA),
     "gradient_checkpointing": (of_run(lambda run: run.counts["checkpoint"] > 0), True, {}),
     "batch_size": (rows_per_step, 3, {}), "gradient_accumulation_steps": (rows_per_step, 3, {}),
-    "num_epochs": (step_count, 2, {"max_steps": 0, "max_train_samples": 4}), "max_steps": (step_count, 1, {}),
+    "num_epochs": (step_count, 2, {"max_steps": 0, "max_train_samples": 2}), "max_steps": (step_count, 2, {}),
     "optimizer": (moved, "lion", {}), "optimizer_dtype": (moved, "bfloat16", {}),
     "learning_rate": (moved, 0.01, {}), "matrix_learning_rate": (moved, 0.01, {}), "embedding_learning_rate": (moved, 0.01, {}),
     "head_learning_rate": (moved, 0.01, {"model_name": "untied"}),
@@ -211,20 +212,20 @@ TABLE = {
     "max_grad_norm": (moved, 1e-9, {}), "adam_beta1": (moved, 0.5, {"max_steps": 3}), "adam_beta2": (moved, 0.5, {"max_steps": 3}),
     "weight_decay": (moved, 0.9, {}), "decay_all": (moved, True, {"weight_decay": 0.9}),
     "use_compile": (of_run(lambda run: run.counts["compile"] > 0), True, {"use_compile": False, "max_steps": 1}),
-    "logging_steps": (printed, 2, {"max_steps": 4}), "log_jsonl": (of_run(lambda run: run.files), False, {}),
-    "save_steps": (of_run(lambda run: run.files), 1, {}),
-    "eval_steps": (of_run(lambda run: [m["step"] for m in run.metrics if "eval/exact_match" in m]), 2, {"max_steps": 3}),
-    "eval_samples": (of_run(lambda run: run.evaluated), 2, {}),
+    "logging_steps": (printed, 2, {"max_steps": 3}), "log_jsonl": (of_run(lambda run: run.files), False, {}),
+    "save_steps": (of_run(lambda run: run.files), 1, {"max_steps": 2}),
+    "eval_steps": (of_run(lambda run: [m["step"] for m in run.metrics if "eval/exact_match" in m]), 2, EVAL | {"max_steps": 3}),
+    "eval_samples": (of_run(lambda run: run.evaluated), 2, EVAL),
     "eval_every_updates": (of_run(lambda run: [m["step"] for m in run.metrics if "eval_train/exact_match" in m]), 2, {"max_steps": 3}),
     "eval_subset_size": (of_run(lambda run: run.evaluated), 3, {"eval_every_updates": 1}),
-    "eval_max_new_tokens": (of_run(lambda run: [m.get("eval/mean_length") for m in run.metrics]), 3, {}),
-    "eval_temperature": (of_run(lambda run: run.trainer.samples[0]), 2.0, {}),
+    "eval_max_new_tokens": (of_run(lambda run: [m.get("eval/mean_length") for m in run.metrics]), 3, EVAL),
+    "eval_temperature": (of_run(lambda run: run.trainer.samples[0]), 2.0, EVAL),
 }
 
 
 def make_config(**changes):
     data = {"dataset": str(ROOT / "data" / "word_problems.jsonl")}
-    return MLXGRPOConfig(**QUICK | data | {"model_name": "tiny"} | changes)
+    return MLXGRPOConfig(**QUICK | data | {"model_name": "tiny", "max_steps": 1, "eval_samples": 0} | changes)
 
 
 def test_the_table_names_every_option():
