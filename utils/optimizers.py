@@ -50,8 +50,8 @@ def group_of(name, shape):
     parts = name.split(".")
     if len(shape) < 2:
         return "rest"
-    if parts[-1] in ("lora_a", "lora_b"):
-        return "adapters"
+    if parts[-1] in ("lora_a", "lora_b"):          # those of experts are (experts, out, in)
+        return "adapters" if len(shape) == 2 else "matrices"
     if {"lm_head", "embed_out"} & set(parts) or (parts[-2:-1] == ["output"] and not any(p.isdigit() for p in parts)):
         return "head"
     return "embeddings" if any(EMBEDDING.fullmatch(p) for p in parts) else "matrices"
@@ -60,8 +60,8 @@ def group_of(name, shape):
 # ---- Muon ------------------------------------------------------------------------------------------------------------
 
 def orthogonalize(x, steps=5):
-    """(..., rows, columns) -> the same with singular values near 1 (0.7 to 1.2): Jordan's quintic Newton-Schulz. A
-    stack of matrices, a mixture's experts for instance, is done matrix by matrix."""
+    """(..., rows, columns) -> the same with singular values pushed to about 0.7 to 1.2 (the smallest stay below):
+    Jordan's quintic Newton-Schulz. A stack of matrices, a mixture's experts for instance, is done matrix by matrix."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[-2] > x.shape[-1]
     x = x.swapaxes(-1, -2) if tall else x
