@@ -1,5 +1,5 @@
-"""Commands: each of them from start to end on a tiny model, as a function and as a process, and every way in which a run
-is refused before anything is written."""
+"""Commands: each of them from start to end on a tiny model, as a function and as a process, and every way in which a
+run is refused before anything is written."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first_run(model, tmp_path_factory):
-    """(directory of runs, run directory) of one finished run of four steps that saved and evaluated every second one."""
+    """(directory of runs, run directory) of a finished run of four steps that saved and evaluated every second one."""
     output = tmp_path_factory.mktemp("outputs")
     assert main(["train", *options(model, output, run_name="first", max_steps=4, save_steps=2, eval_steps=2)]) == 0
     return output, output / "first"
@@ -50,7 +50,8 @@ def lines_of(path):
 
 def process(*argv, cwd, **environment):
     """The script as users start it, in another working directory."""
-    return subprocess.run([sys.executable, str(ROOT / "mlx_grpo.py"), *map(str, argv)], cwd=cwd, capture_output=True, text=True,
+    return subprocess.run([sys.executable, str(ROOT / "mlx_grpo.py"), *map(str, argv)], cwd=cwd, capture_output=True,
+                          text=True,
                           env=os.environ | environment, timeout=120)
 
 
@@ -62,13 +63,15 @@ def weights(directory):
 
 def test_a_run_leaves_its_configuration_log_report_and_checkpoints(first_run):
     _, run = first_run
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "completions.jsonl", "report.md", "checkpoint-2",
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "completions.jsonl", "report.md",
+                                               "checkpoint-2",
                                                "checkpoint-4"}
     record = json.loads((run / "config.json").read_text())
     assert record["config"].keys() == OPTIONS.keys() == record["sources"].keys()
     assert record["config"]["max_steps"] == 4 and record["sources"]["max_steps"] == "--set"
     assert record["sources"]["kl_coeff"] == "default" and record["seed"] == 0 and record["command"] == "train"
-    assert {"python", "mlx", "mlx-lm", "numpy"} <= record["versions"].keys() and "cpu" in record["device"].lower() + "cpu"
+    assert {"python", "mlx", "mlx-lm", "numpy"} <= record["versions"].keys()
+    assert record["device"].startswith("Device(")
     assert record["git"] is None or len(record["git"]) >= 7
 
 
@@ -77,7 +80,8 @@ def test_the_metrics_hold_one_object_a_step_and_evaluations_at_their_steps(first
     metrics = read_metrics(run)
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
     assert [m["step"] for m in metrics if "eval/exact_match" in m] == [0, 2, 4]
-    needed = {"reward", "reward_std", "frac_reward_zero_std", "loss", "kl", "entropy", "grad_norm", "learning_rate", "epoch",
+    needed = {"reward", "reward_std", "frac_reward_zero_std", "loss", "kl", "entropy", "grad_norm", "learning_rate",
+              "epoch",
               "num_tokens", "step_time", "completions/mean_length", "clip_ratio/region_mean"}
     needed |= {f"rewards/{name}/mean" for name in ("correctness", "even_share")}
     assert all(needed <= m.keys() for m in metrics[1:])
@@ -100,13 +104,15 @@ def test_training_is_the_command_where_none_is_named(model, tmp_path, capsys):
     assert "1 steps of 2 prompts x 4" in told and "step 1/1 | reward " in told and str(tmp_path / "run") in told
 
 
-def test_the_smoke_test_trains_a_small_qwen_on_word_problems_with_evaluation_checkpoints_and_resume(model, tmp_path, capsys):
+def test_the_smoke_test_trains_a_small_qwen_on_word_problems_with_checkpoints_and_resume(model, tmp_path):
     """The line of the README, as a process from another directory; then the same run in two parts."""
-    line = ["--config", ROOT / "configs" / "smoke_test.toml", *sets(model_name=model, dataset="data/word_problems.jsonl")]
+    line = ["--config", ROOT / "configs" / "smoke_test.toml",
+            *sets(model_name=model, dataset="data/word_problems.jsonl")]
     whole = process(*line, *sets(output_dir="whole"), cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     run = tmp_path / "whole" / "smoke-1"
-    assert "exact match on 8 held-out problems" in whole.stdout and (run / "checkpoint-4" / "trainer_state.json").exists()
+    assert "exact match on 8 held-out problems" in whole.stdout
+    assert (run / "checkpoint-4" / "trainer_state.json").exists()
     assert [m["step"] for m in read_metrics(run) if "eval/exact_match" in m] == [0, 2, 4]
     assert [m["step"] for m in read_metrics(run) if "eval_train/exact_match" in m] == [0, 4]
     again = process(*line, *sets(output_dir="whole"), "--resume", run / "checkpoint-2", cwd=tmp_path)
@@ -180,7 +186,7 @@ def test_resuming_from_a_path_without_checkpoint_is_an_error(place, model, tmp_p
 def test_a_run_directory_can_be_resumed_as_well_as_one_of_its_checkpoints(first_run, model, tmp_path, capsys):
     _, run = first_run
     main([*options(model, tmp_path, max_steps=5, eval_samples=0), "--resume", str(run)])
-    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [5]           # from its newest, in this run's directory
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [5]   # from its newest, in this run's directory
     assert "other" in refusal(*options(model, tmp_path), "--resume", run / "checkpoint-2").replace("another", "other")
 
 
@@ -189,8 +195,10 @@ def test_a_run_directory_can_be_resumed_as_well_as_one_of_its_checkpoints(first_
 @pytest.mark.parametrize("argv, words", [
     (["--set", "num_generation=4"], "did you mean 'num_generations'?"), (["--set", "seed=x"], "whole number"),
     (["--config", "missing.toml"], "missing.toml: can't read"), (["--set", "beta=0.1"], "'kl_coeff'"),
-    (["--set", "max_new_tokens=2000"], "max_completion_length"), (["--set", 'rewards=["corectness"]'], "did you mean 'correctness'"),
-    (["--set", "dataset=missing.jsonl"], "missing.jsonl"), (["--set", "dataset=synthetic:chian"], "did you mean 'chain'"),
+    (["--set", "max_new_tokens=2000"], "max_completion_length"),
+    (["--set", 'rewards=["corectness"]'], "did you mean 'correctness'"),
+    (["--set", "dataset=missing.jsonl"], "missing.jsonl"), 
+    (["--set", "dataset=synthetic:chian"], "did you mean 'chain'"),
     (["--set", "dataset=data/word_problems.jsonl", "--set", "answer_column=anwser"], "no 'anwser'"),
     (["--set", "dataset=data/word_problems.jsonl", "--set", "model_name=./nowhere"], "no such directory"),
     (["--set", "dataset=data/word_problems.jsonl", "--set", "model_loader=nanochta"], "did you mean 'nanochat'"),
@@ -213,7 +221,8 @@ def test_an_unknown_command_is_answered_with_the_nearest():
     assert refusal("outputs/run").startswith("unknown command")
 
 
-@pytest.mark.parametrize("argv", [["--set", "num_generation=4"], ["report", "nowhere"], ["evla"], ["eval", "--config", "missing.toml"],
+@pytest.mark.parametrize("argv", [["--set", "num_generation=4"], ["report", "nowhere"], ["evla"],
+                                  ["eval", "--config", "missing.toml"],
                                   ["--resume", "nowhere"], ["--sett", "a=1"], ["report"]])
 def test_a_process_that_is_refused_exits_with_2_and_one_line(argv, tmp_path):
     run = process(*argv, cwd=tmp_path)
@@ -223,13 +232,15 @@ def test_a_process_that_is_refused_exits_with_2_and_one_line(argv, tmp_path):
 
 
 def test_a_bug_keeps_its_traceback_and_exits_with_1(model, tmp_path):
-    (tmp_path / "mine.py").write_text("import mlx_grpo\nmlx_grpo.Scorer.__call__ = None\ndef f(completions): return []\n")
+    (tmp_path / "mine.py").write_text("import mlx_grpo\nmlx_grpo.Scorer.__call__ = None\n"
+                                      "def f(completions): return []\n")
     run = process(*options(model, tmp_path, rewards=["mine.py:f"], eval_samples=0), cwd=tmp_path)
     assert run.returncode == 1 and "Traceback" in run.stderr and "TypeError" in run.stderr
 
 
 def test_a_users_reward_runs_from_their_directory_and_its_error_ends_the_run_in_one_line(model, tmp_path):
-    (tmp_path / "mine.py").write_text("def brevity(completions, **kwargs):\n    return [-len(c[0]['content']) / 10 for c in completions]\n"
+    (tmp_path / "mine.py").write_text("def brevity(completions, **kwargs):\n"
+                                      "    return [-len(c[0]['content']) / 10 for c in completions]\n"
                                       "def broken(completions):\n    return 1 / 0\n")
     good = process(*options(model, "out", rewards=["mine.py:brevity"], eval_samples=0), cwd=tmp_path)
     assert good.returncode == 0, good.stderr
@@ -241,8 +252,21 @@ def test_a_users_reward_runs_from_their_directory_and_its_error_ends_the_run_in_
 
 # ---- sft, eval, rewards, plan, report
 
+def test_training_goes_through_a_loader_of_the_users_own(model, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("from mlx_grpo import BaseModelLoader\n"
+                                      "class Loud(BaseModelLoader):\n"
+                                      "    def load_model(self, path, config):\n"
+                                      "        print('loaded by mine')\n"
+                                      "        return super().load_model(path, config)\n")
+    main(options(model, tmp_path / "out", model_loader="mine.py:Loud", max_steps=1))
+    assert "loaded by mine" in capsys.readouterr().out
+    assert (tmp_path / "out" / "run" / "checkpoint-1").is_dir()
+    assert "'Loud'" in refusal(*options(model, tmp_path / "out", model_loader="mine.py:Luod", run_name="b"))
+
+
 def test_sft_learns_the_demonstrations_and_its_checkpoint_goes_into_training(model, tmp_path, capsys):
-    base = dict(dataset="data/questions.jsonl", eval_fraction=0.1, max_train_samples=2, max_completion_length=600, max_prompt_length=1000)
+    base = dict(dataset="data/questions.jsonl", eval_fraction=0.1, max_train_samples=2, max_completion_length=600,
+                max_prompt_length=1000)
     main(["sft", *options(model, tmp_path, **base, run_name="warm", max_steps=12, learning_rate=5e-3)])
     losses = [m["loss"] for m in read_metrics(tmp_path / "warm") if m["step"]]
     assert len(losses) == 12 and losses[-1] < 0.8 * losses[0]
@@ -250,7 +274,8 @@ def test_sft_learns_the_demonstrations_and_its_checkpoint_goes_into_training(mod
     assert json.loads((tmp_path / "warm" / "config.json").read_text())["command"] == "sft"
     main(["train", *options(str(warm), tmp_path, **base, run_name="next", max_steps=1)])
     assert (tmp_path / "next" / "checkpoint-1").is_dir()
-    assert "0.0000" not in [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 12/12")][0].split("loss")[1][:8]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 12/12")]
+    assert f"loss {losses[-1]:.4f}" in told[0]
 
 
 def test_sft_without_demonstrations_says_where_they_would_stand(model, tmp_path):
@@ -274,8 +299,10 @@ def test_eval_counts_numerically_equal_answers(tmp_path, capsys, monkeypatch):
     main(["eval", *sets(model_name="data/demo_model", dataset="synthetic:chain", system_prompt="", eval_samples=40,
                         eval_max_new_tokens=16, max_train_samples=10), "--output", "scores.json"])
     rows = json.loads(open("scores.json", encoding="utf-8").read())
-    by_hand = [same_answer(r["completion"].rpartition("<answer>")[2].partition("</answer>")[0], r["answer"]) for r in rows["problems"]]
-    assert [r["correct"] for r in rows["problems"]] == by_hand and rows["exact_match"] == pytest.approx(sum(by_hand) / 40)
+    by_hand = [same_answer(r["completion"].rpartition("<answer>")[2].partition("</answer>")[0], r["answer"])
+               for r in rows["problems"]]
+    assert [r["correct"] for r in rows["problems"]] == by_hand
+    assert rows["exact_match"] == pytest.approx(sum(by_hand) / 40)
     assert all("<answer>" in r["completion"] for r in rows["problems"])
 
 
@@ -285,11 +312,13 @@ def test_eval_without_held_out_problems_or_with_an_output_nowhere_is_refused(mod
 
 
 def test_rewards_lists_and_explains_them_with_their_weights(tmp_path, capsys):
-    (tmp_path / "mine.py").write_text('def brevity(completions):\n    """Minus the length.\n\n    More."""\n    return []\n')
+    (tmp_path / "mine.py").write_text('def brevity(completions):\n'
+                                      '    """Minus the length.\n\n    More."""\n    return []\n')
     main(["rewards", *sets(rewards=["correctness", "mine.py:brevity"], reward_weights=[2, 0.5])])
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert rows.keys() == {*REWARDS, "brevity"}
-    assert "weight 2 " in rows["correctness"] and "weight 0.5" in rows["brevity"] and "Minus the length." in rows["brevity"]
+    assert "weight 2 " in rows["correctness"]
+    assert "weight 0.5" in rows["brevity"] and "Minus the length." in rows["brevity"]
     assert all("not used" in rows[name] for name in REWARDS if name != "correctness")
     assert all(len(line) > 60 for name, line in rows.items() if name in REWARDS)
 
@@ -315,7 +344,8 @@ def test_report_shows_the_figures_of_the_run(first_run, capsys):
     _, run = first_run
     assert main(["report", str(run)]) == 0
     table = capsys.readouterr().out
-    header, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| ")]
+    header, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+                     if line.startswith("| ")]
     metrics = read_metrics(run)
     assert [int(row[header.index("step")]) for row in rows] == [m["step"] for m in metrics]
     for row, m in zip(rows, metrics):

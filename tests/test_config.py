@@ -10,7 +10,8 @@ from mlx_grpo import OPTIONS, OTHER_NAMES, ConfigError, MLXGRPOConfig, check_opt
 
 DEFAULTS = {  # the names and values that users of the public script rely on
     "model_name": "Qwen/Qwen2.5-1.5B-Instruct", "output_dir": "outputs", "learning_rate": 1e-6, "batch_size": 1,
-    "gradient_accumulation_steps": 4, "num_epochs": 1, "max_train_samples": 0, "warmup_ratio": 0.1, "max_grad_norm": 0.1,
+    "gradient_accumulation_steps": 4, "num_epochs": 1, "max_train_samples": 0, "warmup_ratio": 0.1,
+    "max_grad_norm": 0.1,
     "logging_steps": 1, "num_generations": 64, "max_prompt_length": 512, "max_completion_length": 1024,
     "max_new_tokens": 512, "temperature": 0.7, "clip_eps": 0.2, "kl_coeff": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999,
     "weight_decay": 0.0, "lr_scheduler_type": "cosine", "save_steps": 100, "eval_steps": 50, "eval_samples": 200,
@@ -29,7 +30,8 @@ SHIPPED = {  # the values that the documentation of each configuration promises
     "nanochat_grpo": dict(learning_rate=5e-6, num_generations=4, max_new_tokens=64, temperature=0.8, kl_coeff=0.01,
                           quantize_for_rollouts=True, num_epochs=3, max_grad_norm=1.0, max_train_samples=500,
                           warmup_ratio=0.05),
-    "nanochat_d32": dict(learning_rate=3e-6, max_new_tokens=128, kl_coeff=0.02, quantize_for_rollouts=False, num_epochs=2),
+    "nanochat_d32": dict(learning_rate=3e-6, max_new_tokens=128, kl_coeff=0.02, quantize_for_rollouts=False,
+                         num_epochs=2),
 }
 
 
@@ -59,7 +61,8 @@ def wrong_values(name):
     """(what goes into TOML, a word that the message must hold) for each way in which an option can be wrong."""
     kind, rule = OPTIONS[name].type, OPTIONS[name].metadata
     text, number = '"x"', "3"
-    wrong = {"str": [(number, "text"), ("true", "text"), ("[]", "text")], "int": [(text, "whole"), ("1.5", "whole"), ("true", "whole")],
+    wrong = {"str": [(number, "text"), ("true", "text"), ("[]", "text")],
+             "int": [(text, "whole"), ("1.5", "whole"), ("true", "whole")],
              "float": [(text, "number"), ("true", "number"), ("nan", "finite"), ("inf", "finite")],
              "bool": [(text, "true or false"), ("1", "true or false")], "dict": [(text, "table"), ("[1]", "table")],
              "list[str]": [(text, "list"), ("[1]", "list")],
@@ -108,13 +111,17 @@ def test_a_typo_is_refused_with_the_right_name(name):
     ("beta", "kl_coeff"), ("epsilon", "clip_eps"), ("epsilon_high", "clip_eps_high"), ("group_size", "num_generations"),
     ("num_train_epochs", "num_epochs"), ("per_device_train_batch_size", "batch_size"), ("reward_funcs", "rewards"),
     ("torch_dtype", "dtype"), ("warmup_steps", "warmup_ratio"), ("model_name_or_path", "model_name"),   # TRL
-    ("clip_ratio", "clip_eps"), ("clip_ratio_high", "clip_eps_high"), ("kl_loss_coef", "kl_coeff"), ("n", "num_generations"),
+    ("clip_ratio", "clip_eps"), ("clip_ratio_high", "clip_eps_high"), ("kl_loss_coef", "kl_coeff"),
+    ("n", "num_generations"),
     ("total_epochs", "num_epochs"), ("max_response_length", "max_completion_length"), ("save_freq", "save_steps"),
     ("test_freq", "eval_steps"), ("loss_agg_mode", "loss_type"), ("grad_clip", "max_grad_norm"),        # verl
     ("actor_rollout_ref.actor.kl_loss_coef", "kl_coeff"), ("trainer.total_epochs", "num_epochs"),
-    ("iters", "max_steps"), ("steps_per_report", "logging_steps"), ("steps_per_eval", "eval_steps"), ("model", "model_name"),
-    ("save_every", "save_steps"), ("grpo_loss_type", "loss_type"), ("reward_functions", "rewards"), ("lr_schedule", "lr_scheduler_type"),
-    ("max_seq_length", "max_prompt_length"), ("val_batches", "eval_samples"), ("adapter_path", "output_dir")])   # mlx-lm-lora
+    ("iters", "max_steps"), ("steps_per_report", "logging_steps"), ("steps_per_eval", "eval_steps"),
+    ("model", "model_name"),
+    ("save_every", "save_steps"), ("grpo_loss_type", "loss_type"), ("reward_functions", "rewards"),
+    ("lr_schedule", "lr_scheduler_type"),
+    ("max_seq_length", "max_prompt_length"), ("val_batches", "eval_samples"),
+    ("adapter_path", "output_dir")])   # mlx-lm-lora
 def test_the_names_of_other_trainers_are_answered_with_ours(theirs, ours):
     assert refusal(f"{theirs}=1") == f"--set {theirs}=1: unknown option {theirs!r}; here it is called {ours!r}"
 
@@ -210,7 +217,8 @@ def test_options_may_stand_flat_or_in_a_table_but_not_in_both():
     assert "unknown option 'model'" in refusal(file=write('[model]\nname = "x"'))
 
 
-@pytest.mark.parametrize("text, words", [("seed = ", "not TOML"), ("seed = 1\nseed = 2", "not TOML"), (None, "can't read"),
+@pytest.mark.parametrize("text, words", [("seed = ", "not TOML"), ("seed = 1\nseed = 2", "not TOML"),
+                                         (None, "can't read"),
                                          ("seed = 1 # \udcff", "not TOML")])
 def test_a_file_that_is_no_configuration_is_named(text, words, tmp_path):
     if text is not None:

@@ -1,4 +1,4 @@
-"""Data: every source gives the same problems, nothing held out is trained on, and a bad row is named by file and line."""
+"""Data: every source gives the same problems, nothing held out is trained on, a bad row is named by file and line."""
 
 import csv
 import json
@@ -12,7 +12,8 @@ from conftest import ROOT
 from mlx_grpo import (R1_SYSTEM_PROMPT, MLXGRPOConfig, UserError, as_problems, extract_hash_answer, fitting_problems,
                       load_problems, make_problem, read_rows, render_prompt, worked_solution)
 
-ROWS = [{"question": f"What is {i} + {i + 1}?", "answer": f"It is {i} + {i + 1} = <<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1}.\n#### {2 * i + 1}",
+ROWS = [{"question": f"What is {i} + {i + 1}?",
+         "answer": f"It is {i} + {i + 1} = <<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1}.\n#### {2 * i + 1}",
          "level": i % 3} for i in range(40)]
 CONFIG = MLXGRPOConfig(eval_samples=200)
 
@@ -62,10 +63,12 @@ def test_every_file_format_gives_the_same_problems(write, tmp_path):
     assert sorted(questions(train + held_out)) == sorted(r["question"] for r in ROWS)
     for p in train:
         i = next(i for i, r in enumerate(ROWS) if r["question"] == p.columns["question"])
-        assert p.prompt == [{"role": "system", "content": R1_SYSTEM_PROMPT}, {"role": "user", "content": ROWS[i]["question"]}]
+        assert p.prompt == [{"role": "system", "content": R1_SYSTEM_PROMPT},
+                            {"role": "user", "content": ROWS[i]["question"]}]
         assert p.answer == p.columns["answer"] == str(2 * i + 1)
         assert str(p.columns["level"]) == str(i % 3)                              # other columns are kept for rewards
-        assert p.solution == (f"<reasoning>\nIt is {i} + {i + 1} = {2 * i + 1}.\n</reasoning>\n<answer>\n{2 * i + 1}\n</answer>")
+        assert p.solution == (f"<reasoning>\nIt is {i} + {i + 1} = {2 * i + 1}.\n</reasoning>\n"
+                              f"<answer>\n{2 * i + 1}\n</answer>")
     assert questions(train) == questions(load(str(write_jsonl(tmp_path / "same.jsonl")))[0])
 
 
@@ -76,7 +79,8 @@ from mlx_grpo import MLXGRPOConfig, UserError, load_problems
 train, held_out = load_problems(replace(MLXGRPOConfig(), dataset=sys.argv[1], eval_samples=3, max_train_samples=5))
 small, _ = load_problems(replace(MLXGRPOConfig(), dataset=sys.argv[1], dataset_config="socratic", eval_samples=0))
 print(json.dumps([[[p.prompt, p.answer, p.solution] for p in part] for part in (train, held_out, small)]))
-for wrong in ({"dataset": "openai/gsm8k"}, {"dataset_config": "mian"}, {"eval_split": "validation"}, {"dataset": "nowhere"}):
+for wrong in ({"dataset": "openai/gsm8k"}, {"dataset_config": "mian"}, {"eval_split": "validation"},
+              {"dataset": "nowhere"}):
     try:
         load_problems(replace(MLXGRPOConfig(), **{"dataset": sys.argv[1]} | wrong))
     except UserError as error:
@@ -88,15 +92,19 @@ def test_gsm8k_comes_through_the_datasets_library_with_its_configurations_and_sp
     """The real load_dataset call on files in the layout of openai/gsm8k, in a process that the hub is shut to."""
     for name in ("main", "socratic"):
         (tmp_path / "gsm8k" / name).mkdir(parents=True)
-        rows = [{"question": r["question"] if name == "main" else "Why? " + r["question"], "answer": r["answer"]} for r in ROWS]
+        rows = [{"question": r["question"] if name == "main" else "Why? " + r["question"], "answer": r["answer"]}
+                for r in ROWS]
         write_parquet(tmp_path / "gsm8k" / name / "train-00000-of-00001.parquet", rows[:30])
-        write_parquet(tmp_path / "gsm8k" / name / "test-00000-of-00001.parquet", rows[28:])       # two are in train as well
+        write_parquet(tmp_path / "gsm8k" / name / "test-00000-of-00001.parquet",
+                      rows[28:])       # two are in train as well
     (tmp_path / "gsm8k" / "README.md").write_text("---\nconfigs:\n" + "".join(
-        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n  - split: test\n    path: {name}/test-*\n"
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
+        f"  - split: test\n    path: {name}/test-*\n"
         for name in ("main", "socratic")) + "---\n")
     environment = os.environ | {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"),
                                 "PYTHONPATH": str(ROOT), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    run = subprocess.run([sys.executable, "-c", GSM8K, "gsm8k"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", GSM8K, "gsm8k"], cwd=tmp_path, env=environment, capture_output=True,
+                         text=True)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     train, held_out, small = json.loads(lines[0])
@@ -107,7 +115,7 @@ def test_gsm8k_comes_through_the_datasets_library_with_its_configurations_and_sp
     assert small[0][0][1]["content"].startswith("Why? ")
     assert train[0][0][0] == {"role": "system", "content": R1_SYSTEM_PROMPT}
     assert all(p[1].isdigit() and p[2].endswith(f"<answer>\n{p[1]}\n</answer>") for p in train)
-    assert len(lines) == 5                       # the hub out of reach, a wrong configuration, split, directory: one line each
+    assert len(lines) == 5        # the hub out of reach, a wrong configuration, split, directory: one line each
     for line, word in zip(lines[1:], ("'openai/gsm8k'", "'mian'", "'validation'", "'nowhere'")):
         assert line.startswith("dataset '") and word in line and ".jsonl" in line
 
@@ -136,7 +144,8 @@ def test_columns_can_have_other_names(tmp_path):
     rows = [{"task": f"Name {i}", "gold": i, "demo": f"It is {i}", "extra": "x"} for i in range(4)]
     for write in (write_jsonl, write_csv, write_parquet):
         path = write(tmp_path / f"data.{write.__name__.removeprefix('write_')}", rows)
-        train, _ = load(path, prompt_column="task", answer_column="gold", solution_column="demo", shuffle=False, eval_samples=0)
+        train, _ = load(path, prompt_column="task", answer_column="gold", solution_column="demo", shuffle=False,
+                        eval_samples=0)
         assert [(p.prompt[1]["content"], p.answer, p.solution, p.columns["extra"]) for p in train] == [
             (f"Name {i}", str(i), f"It is {i}", "x") for i in range(4)]
 
@@ -147,7 +156,8 @@ def test_an_empty_answer_column_means_that_there_are_no_gold_answers(tmp_path):
 
 
 def test_chat_messages_are_kept_and_get_the_system_prompt_only_where_they_have_none():
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "2+2?"}]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
+             {"role": "user", "content": "2+2?"}]
     problem = make_problem({"question": turns, "answer": "4"}, CONFIG, "here")
     assert problem.prompt == [{"role": "system", "content": R1_SYSTEM_PROMPT}, *turns]
     own = [{"role": "system", "content": "Be brief."}, *turns]
@@ -158,24 +168,28 @@ def test_chat_messages_are_kept_and_get_the_system_prompt_only_where_they_have_n
 def test_text_prompts_stay_text_where_asked():
     row = {"question": "2+2=", "answer": "4"}
     assert make_problem(row, replace(CONFIG, prompt_format="text", system_prompt=""), "here").prompt == "2+2="
-    assert make_problem(row, replace(CONFIG, prompt_format="text", system_prompt="Add."), "here").prompt == "Add.\n\n2+2="
+    assert make_problem(row, replace(CONFIG, prompt_format="text", system_prompt="Add."),
+                        "here").prompt == "Add.\n\n2+2="
     with pytest.raises(UserError, match="here: 'question' holds chat messages"):
-        make_problem({"question": [{"role": "user", "content": "x"}], "answer": "4"}, replace(CONFIG, prompt_format="text"), "here")
+        make_problem({"question": [{"role": "user", "content": "x"}], "answer": "4"},
+                     replace(CONFIG, prompt_format="text"), "here")
 
 
-@pytest.mark.parametrize("text, answer", [("so 3.\n#### 1,234", "1234"), ("#### 1 #### 2", "2"), ("no marker", None), ("####", "")])
+@pytest.mark.parametrize("text, answer", [("so 3.\n#### 1,234", "1234"), ("#### 1 #### 2", "2"), ("no marker", None),
+                                          ("####", "")])
 def test_the_answer_stands_after_the_last_marker(text, answer):
     assert extract_hash_answer(text) == answer
 
 
 def test_a_worked_solution_is_a_demonstration_in_the_xml_format():
-    assert worked_solution("2+3=<<2+3=5>>5 pens.\n#### 1,005") == "<reasoning>\n2+3=5 pens.\n</reasoning>\n<answer>\n1005\n</answer>"
+    assert worked_solution("2+3=<<2+3=5>>5 pens.\n#### 1,005") == (
+        "<reasoning>\n2+3=5 pens.\n</reasoning>\n<answer>\n1005\n</answer>")
 
 
 # ---- splits
 
 def test_held_out_rows_are_never_trained_on_whatever_the_seed_and_the_number_of_rows(tmp_path):
-    path = write_jsonl(tmp_path / "data.jsonl", ROWS + ROWS[:10])                                  # ten rows stand in it twice
+    path = write_jsonl(tmp_path / "data.jsonl", ROWS + ROWS[:10])        # ten rows stand in it twice
     for options in ({}, {"seed": 1}, {"max_train_samples": 7}, {"shuffle": False}, {"eval_fraction": 0.5}):
         train, held_out = load(path, **options)
         assert held_out and not set(questions(train)) & set(questions(held_out)), options
@@ -183,13 +197,15 @@ def test_held_out_rows_are_never_trained_on_whatever_the_seed_and_the_number_of_
 
 def test_the_held_out_rows_do_not_depend_on_how_many_are_trained_on(tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl")
-    assert questions(load(path)[1]) == questions(load(path, max_train_samples=5)[1]) == questions(load(path, eval_samples=4)[1])
+    assert questions(load(path)[1]) == questions(load(path, eval_samples=4)[1])
+    assert questions(load(path)[1]) == questions(load(path, max_train_samples=5)[1])
     assert questions(load(path)[1]) != questions(load(path, seed=5)[1])
 
 
 def test_the_numbers_of_problems_are_as_asked(tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl")
-    for options, sizes in (({"max_train_samples": 5}, (5, 4)), ({"eval_samples": 2}, (36, 2)), ({"eval_samples": 0}, (40, 0)),
+    for options, sizes in (({"max_train_samples": 5}, (5, 4)), ({"eval_samples": 2}, (36, 2)),
+                           ({"eval_samples": 0}, (40, 0)),
                            ({"eval_fraction": 0.25}, (30, 10)), ({"eval_fraction": 0}, (40, 0))):
         assert tuple(map(len, load(path, **options))) == sizes, options
 
@@ -206,7 +222,8 @@ def test_without_shuffle_the_rows_come_in_their_order(tmp_path):
 @pytest.mark.parametrize("line, words", [
     ('{"question": "q"}', ["no 'answer'", "answer_column"]), ('{"answer": "1"}', ["no 'question'", "prompt_column"]),
     ('{"question": "", "answer": "1"}', ["no 'question'"]), ('{"question": "q", "answer": null}', ["no 'answer'"]),
-    ("{}", ["no 'question'", "nothing"]), ('{"question": "q", ', ["not JSON"]), ("[1, 2]", ["an object", "list"]), ("7", ["int"]),
+    ("{}", ["no 'question'", "nothing"]), ('{"question": "q", ', ["not JSON"]), ("[1, 2]", ["an object", "list"]),
+    ("7", ["int"]),
     ('{"question": 5, "answer": "1"}', ["must be text or a list of chat messages", "5"]),
     ('{"question": [{"role": "user"}], "answer": "1"}', ["role and a content"]),
     ('{"question": [{"role": "user", "content": null}], "answer": "1"}', ["role and a content"]),
@@ -229,7 +246,8 @@ def test_a_bad_csv_row_is_named_by_the_line_that_it_starts_on(tmp_path):
 
 
 def test_a_bad_parquet_row_is_named(tmp_path):
-    path = write_parquet(tmp_path / "data.parquet", [{"question": "q", "answer": "1"}, {"question": "r", "answer": None}])
+    path = write_parquet(tmp_path / "data.parquet", [{"question": "q", "answer": "1"},
+                                                     {"question": "r", "answer": None}])
     assert refusal(path, eval_samples=0).startswith(f"{path} row 2: no 'answer'")
     (tmp_path / "text.parquet").write_text("not parquet at all")
     assert "not a parquet file" in refusal(str(tmp_path / "text.parquet"))

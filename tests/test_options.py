@@ -1,7 +1,7 @@
-"""Every option does something: for each one a changed value, and something seen that differs from what its default gives.
+"""Every option does something: for each one a changed value, and something seen that differs from before.
 
-A row of TABLE is: option -> (what is looked at, changed value, the options that both sides share). What is looked at is a
-function of the configuration; most train the tiny model for a few steps and return one part of what came out."""
+A row of TABLE is: option -> (what is looked at, changed value, the options that both sides share). What is looked at
+is a function of the configuration; most train the tiny model for a few steps and return one part of what came out."""
 
 import json
 import tempfile
@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten
-from mlx_grpo import (OPTIONS, MLXGRPOConfig, MLXGRPOTrainer, UserError, fitting_problems, is_quantized, load_model, load_problems,
+from mlx_grpo import (OPTIONS, MLXGRPOConfig, MLXGRPOTrainer, UserError, fitting_problems, is_quantized, load_model,
+                      load_problems,
                       main, render_prompt)
 from tiny_hf import CHATML
 from tiny_models import EVEN_SHARE, QUICK, sets, tiny_qwen2
@@ -31,7 +32,8 @@ class MyLoader(BaseModelLoader):
         return model, config
 """
 BROKEN = "def broken(completions):\n    return [1 / 0] * len(completions)\n"
-ROWS = [{"question": f"{i}+{i}", "task": f"twice {i}", "answer": str(2 * i), "gold": f"={2 * i}", "demo": "double"} for i in range(20)]
+ROWS = [{"question": f"{i}+{i}", "task": f"twice {i}", "answer": str(2 * i), "gold": f"={2 * i}", "demo": "double"}
+        for i in range(20)]
 MOVING = dict(max_steps=3, update_every=3, learning_rate=0.02)      # the policy leaves the one that it samples from
 
 
@@ -67,11 +69,14 @@ def trained(config):
         for owner, name in ((mlx_grpo, "decode"), (mx, "compile"), (mx, "checkpoint")):
             count_calls(patch, owner, name, counts)
         evaluated, evaluate = [], mlx_grpo.evaluate
-        patch.setattr(mlx_grpo, "evaluate", lambda m, t, problems, c: evaluated.append(len(problems)) or evaluate(m, t, problems, c))
+        patch.setattr(mlx_grpo, "evaluate", lambda m, t, problems, c: evaluated.append(len(problems))
+                      or evaluate(m, t, problems, c))
         trainer = MLXGRPOTrainer(model, tokenizer, config.rewards, config, train, held_out, run_dir=run_dir)
         trainer.train()
-    read = lambda name: [json.loads(line) for line in (run_dir / name).read_text().split("\n") if line] if (run_dir / name).exists() else []
-    return SimpleNamespace(trainer=trainer, metrics=read("metrics.jsonl"), completions=read("completions.jsonl"), counts=counts,
+    read = lambda name: [json.loads(line) for line in (run_dir / name).read_text().split("\n")
+                         if line] if (run_dir / name).exists() else []
+    return SimpleNamespace(trainer=trainer, metrics=read("metrics.jsonl"), completions=read("completions.jsonl"),
+                           counts=counts,
                            files=sorted(p.name for p in run_dir.iterdir()), evaluated=evaluated)
 
 
@@ -172,19 +177,23 @@ TABLE = {
     "seed": (sampled, 1, {"shuffle": False, "dataset": "rows.jsonl", "eval_samples": 0}),
     "output_dir": (places, "elsewhere", {}), "run_name": (places, "mine", {}),
     "dataset": (problems, "synthetic:reverse", EVAL),
-    "dataset_config": (hub, "socratic", HUB), "dataset_split": (hub, "validation", HUB), "eval_split": (hub, "validation", HUB),
+    "dataset_config": (hub, "socratic", HUB), "dataset_split": (hub, "validation", HUB),
+    "eval_split": (hub, "validation", HUB),
     "eval_fraction": (problems, 0.5, LOCAL),
-    "prompt_column": (problems, "task", LOCAL), "answer_column": (problems, "gold", LOCAL), "solution_column": (problems, "demo", LOCAL),
+    "prompt_column": (problems, "task", LOCAL), "answer_column": (problems, "gold", LOCAL),
+    "solution_column": (problems, "demo", LOCAL),
     "dataset_options": (problems, {"length": 3}, {"dataset": "synthetic:chain"}),
     "prompt_format": (prompts, "text", LOCAL), "system_prompt": (prompts, "Add the numbers.", LOCAL),
     "chat_template_kwargs": (prompts, {"enable_thinking": True}, LOCAL),
-    "shuffle": (problems, False, LOCAL), "max_train_samples": (problems, 3, LOCAL), "max_prompt_length": (prompts, 38, LOCAL),
+    "shuffle": (problems, False, LOCAL), "max_train_samples": (problems, 3, LOCAL),
+    "max_prompt_length": (prompts, 38, LOCAL),
     "num_generations": (rows_per_step, 3, {}),
     "max_new_tokens": (logged("completions/max_length"), 3, {}),
     "max_completion_length": (logged("grad_norm"), 16, {"loss_type": "dr_grpo"}),
     "temperature": (sampled, 2.0, {}),
     "rollout_batch_size": (of_run(lambda run: run.counts["decode"]), 4, {}),
-    "quantize_for_rollouts": (of_run(lambda run: is_quantized(run.trainer.model_old)), True, {"rollout_group_size": 32}),
+    "quantize_for_rollouts": (of_run(lambda run: is_quantized(run.trainer.model_old)), True,
+                              {"rollout_group_size": 32}),
     "rollout_bits": (old_policy, 8, {"quantize_for_rollouts": True, "rollout_group_size": 32}),
     "rollout_group_size": (old_policy, 32, {"quantize_for_rollouts": True}),
     "update_every": (sampled, 3, {"max_steps": 3, "learning_rate": 0.02}),
@@ -200,23 +209,28 @@ TABLE = {
     "mask_truncated_completions": (logged("grad_norm"), True, {}),
     "fine_tune_type": (trainable, "lora", {}),
     "lora_rank": (trainable, 2, LORA), "lora_scale": (moved, 1.0, LORA), "lora_alpha": (moved, 8.0, LORA),
-    "lora_dropout": (moved, 0.5, LORA), "lora_layers": (trainable, 1, LORA), "lora_keys": (trainable, ["self_attn.q_proj"], LORA),
+    "lora_dropout": (moved, 0.5, LORA), "lora_layers": (trainable, 1, LORA),
+    "lora_keys": (trainable, ["self_attn.q_proj"], LORA),
     "gradient_checkpointing": (of_run(lambda run: run.counts["checkpoint"] > 0), True, {}),
     "batch_size": (rows_per_step, 3, {}), "gradient_accumulation_steps": (rows_per_step, 3, {}),
     "num_epochs": (step_count, 2, {"max_steps": 0, "max_train_samples": 2}), "max_steps": (step_count, 2, {}),
     "optimizer": (moved, "lion", {}), "optimizer_dtype": (moved, "bfloat16", {}),
-    "learning_rate": (moved, 0.01, {}), "matrix_learning_rate": (moved, 0.01, {}), "embedding_learning_rate": (moved, 0.01, {}),
+    "learning_rate": (moved, 0.01, {}), "matrix_learning_rate": (moved, 0.01, {}),
+    "embedding_learning_rate": (moved, 0.01, {}),
     "head_learning_rate": (moved, 0.01, {"model_name": "untied"}),
     "lr_scheduler_type": (rates, "linear", {"max_steps": 3, "lr_scheduler_type": "constant_with_warmup"}),
     "warmup_ratio": (rates, 0.7, {"max_steps": 3, "lr_scheduler_type": "linear"}),
-    "max_grad_norm": (moved, 1e-9, {}), "adam_beta1": (moved, 0.5, {"max_steps": 3}), "adam_beta2": (moved, 0.5, {"max_steps": 3}),
+    "max_grad_norm": (moved, 1e-9, {}), "adam_beta1": (moved, 0.5, {"max_steps": 3}),
+    "adam_beta2": (moved, 0.5, {"max_steps": 3}),
     "weight_decay": (moved, 0.9, {}), "decay_all": (moved, True, {"weight_decay": 0.9}),
     "use_compile": (of_run(lambda run: run.counts["compile"] > 0), True, {"use_compile": False, "max_steps": 1}),
     "logging_steps": (printed, 2, {"max_steps": 3}), "log_jsonl": (of_run(lambda run: run.files), False, {}),
     "save_steps": (of_run(lambda run: run.files), 1, {"max_steps": 2}),
-    "eval_steps": (of_run(lambda run: [m["step"] for m in run.metrics if "eval/exact_match" in m]), 2, EVAL | {"max_steps": 3}),
+    "eval_steps": (of_run(lambda run: [m["step"] for m in run.metrics if "eval/exact_match" in m]), 2,
+                   EVAL | {"max_steps": 3}),
     "eval_samples": (of_run(lambda run: run.evaluated), 2, EVAL),
-    "eval_every_updates": (of_run(lambda run: [m["step"] for m in run.metrics if "eval_train/exact_match" in m]), 2, {"max_steps": 3}),
+    "eval_every_updates": (of_run(lambda run: [m["step"] for m in run.metrics if "eval_train/exact_match" in m]), 2,
+                           {"max_steps": 3}),
     "eval_subset_size": (of_run(lambda run: run.evaluated), 3, {"eval_every_updates": 1}),
     "eval_max_new_tokens": (of_run(lambda run: [m.get("eval/mean_length") for m in run.metrics]), 3, EVAL),
     "eval_temperature": (of_run(lambda run: run.trainer.samples[0]), 2.0, EVAL),

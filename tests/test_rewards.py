@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import require
 from mlx_grpo import (REWARDS, ConfigError, Problem, RewardError, Scorer, correctness_reward_func, extract_xml_answer,
-                      find_rewards, group_advantages, int_reward_func, make_rollout, same_answer, soft_format_reward_func,
+                      find_rewards, group_advantages, int_reward_func, make_rollout, same_answer,
+                      soft_format_reward_func,
                       strict_format_reward_func, weighted_rewards, xmlcount_reward_func)
 
 GOOD = "<reasoning>\n2+2\n</reasoning>\n<answer>\n4\n</answer>"
@@ -47,15 +48,19 @@ def refusal(function, *texts, **options):
 # ---- the same answer
 
 @pytest.mark.parametrize("a, b", [
-    ("1,000", "1000"), ("1000.0", "1,000"), ("$1,000.50", "1000.5"), ("-3", "-3.0"), ("+5", "5"), ("\u22125", "-5"), (" 7 ", "7"), ("7.", "7"),
-    ("0.5", "1/2"), ("2/4", "1/2"), (".5", "0.50"), ("50%", "50"), ("1,234,567", "1234567"), ("-0", "0"), ("Paris", " paris "), ("007", "7")])
+    ("1,000", "1000"), ("1000.0", "1,000"), ("$1,000.50", "1000.5"), ("-3", "-3.0"), ("+5", "5"), ("\u22125", "-5"),
+    (" 7 ", "7"), ("7.", "7"),
+    ("0.5", "1/2"), ("2/4", "1/2"), (".5", "0.50"), ("50%", "50"), ("1,234,567", "1234567"), ("-0", "0"),
+    ("Paris", " paris "), ("007", "7")])
 def test_answers_that_mean_the_same_agree(a, b):
     assert same_answer(a, b) and same_answer(b, a)
 
 
 @pytest.mark.parametrize("a, b", [
-    ("1000", "1001"), ("1,0", "10"), ("10,00", "1000"), ("1 000", "1000"), ("", "0"), ("-", "0"), ("$", "0"), ("%", "0"), ("1/0", "0"),
-    ("4 apples", "4"), ("5", "-5"), ("0.1", "0.10000000000000001"), ("nan", "0"), ("inf", "1e999"), (None, "4"), ("4", None),
+    ("1000", "1001"), ("1,0", "10"), ("10,00", "1000"), ("1 000", "1000"), ("", "0"), ("-", "0"), ("$", "0"),
+    ("%", "0"), ("1/0", "0"),
+    ("4 apples", "4"), ("5", "-5"), ("0.1", "0.10000000000000001"), ("nan", "0"), ("inf", "1e999"), (None, "4"),
+    ("4", None),
     (None, None), ("1e3", "1000"), ("0x10", "16"), ("1_000", "1000"), ("--5", "5"), ("5-", "5"), ("²", "2")])
 def test_answers_that_do_not_mean_the_same_differ(a, b):
     assert not same_answer(a, b)
@@ -73,12 +78,14 @@ def test_a_hostile_answer_costs_no_time_and_raises_nothing(hostile):
 
 def test_the_last_closed_answer_counts():
     for text, answer in (("<answer>1</answer> <answer> 2\n</answer>", "2"), ("<answer>1</answer> <answer>2", "1"),
-                         ("<answer>a<answer>b</answer>", "b"), ("<answer>1</answer></answer>", "1"), ("<answer></answer>", ""),
+                         ("<answer>a<answer>b</answer>", "b"), ("<answer>1</answer></answer>", "1"),
+                         ("<answer></answer>", ""),
                          ("</answer><answer>", None), ("<answer>", None), ("4", None), ("", None)):
         assert extract_xml_answer(text) == answer, text
 
 
-@pytest.mark.parametrize("piece", ["<answer>", "</answer>", "<reasoning>", "</reasoning>", "<answer></answer>", "<", "<reasoning></reasoning>",
+@pytest.mark.parametrize("piece", ["<answer>", "</answer>", "<reasoning>", "</reasoning>", "<answer></answer>", "<",
+                                   "<reasoning></reasoning>",
                                    "</reasoning> ", " ", "<reasoning>x"])
 def test_a_completion_full_of_tags_costs_no_time(piece):
     started = time.perf_counter()
@@ -127,7 +134,8 @@ def test_xmlcount_gives_an_eighth_for_each_tag_less_a_thousandth_for_each_charac
 
 
 def test_no_built_in_leaves_its_range():
-    ranges = {"correctness": (0, 2), "int": (0, 0.5), "strict_format": (0, 0.5), "soft_format": (0, 0.5), "xmlcount": (0, 0.5)}
+    ranges = {"correctness": (0, 2), "int": (0, 0.5), "strict_format": (0, 0.5), "soft_format": (0, 0.5),
+              "xmlcount": (0, 0.5)}
     assert ranges.keys() == REWARDS.keys()
     rng = np.random.default_rng(0)
     parts = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "4", " ", "\n", "####", "text"]
@@ -140,7 +148,8 @@ def test_no_built_in_leaves_its_range():
 # ---- finding them
 
 def test_rewards_are_found_by_name_by_file_and_as_functions(tmp_path):
-    (tmp_path / "mine.py").write_text("def brevity_reward_func(completions):\n    return [-float(len(c)) for c in completions]\n")
+    (tmp_path / "mine.py").write_text("def brevity_reward_func(completions):\n"
+                                      "    return [-float(len(c)) for c in completions]\n")
 
     class Judge:
         def __call__(self, completions):
@@ -154,8 +163,10 @@ def test_rewards_are_found_by_name_by_file_and_as_functions(tmp_path):
 
 @pytest.mark.parametrize("spec, words", [
     ("corectness", ["there is no 'corectness'", "did you mean 'correctness'?"]), ("length", ["file.py:function"]),
-    ("nowhere.py:f", ["no file 'nowhere.py'"]), ("mine.py:brevty", ["did you mean 'brevity'?"]), ("mine.py:LIMIT", ["int", "not a function"]),
-    ("broken.py:f", ["broken.py", "SyntaxError"]), ("raises.py:f", ["ZeroDivisionError"]), ("mine:brevity", ["no file"])])
+    ("nowhere.py:f", ["no file 'nowhere.py'"]), ("mine.py:brevty", ["did you mean 'brevity'?"]),
+    ("mine.py:LIMIT", ["int", "not a function"]),
+    ("broken.py:f", ["broken.py", "SyntaxError"]), ("raises.py:f", ["ZeroDivisionError"]),
+    ("mine:brevity", ["no file"])])
 def test_a_reward_that_can_not_be_found_is_named(spec, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("LIMIT = 3\ndef brevity(completions): return [0.0] * len(completions)\n")
@@ -202,8 +213,10 @@ def test_a_function_gets_what_it_names_and_everything_where_it_has_kwargs():
     score(takes_all, "a", "b", prompt=chat, level=3, **{"odd name": "x"})
     prompts, completions, kwargs = seen["all"]
     assert prompts == [chat, chat] and completions == [[{"role": "assistant", "content": t}] for t in "ab"]
-    assert kwargs.keys() == {"completion_ids", "answer", "level", "odd name", "trainer_state", "log_extra", "log_metric"}
-    assert kwargs["completion_ids"] == [[1], [2]] and kwargs["answer"] == ["4", "4"] and kwargs["trainer_state"] == "state"
+    assert kwargs.keys() == {"completion_ids", "answer", "level", "odd name", "trainer_state", "log_extra",
+                             "log_metric"}
+    assert kwargs["completion_ids"] == [[1], [2]] and kwargs["answer"] == ["4",
+                                                                           "4"] and kwargs["trainer_state"] == "state"
 
 
 def test_a_column_that_the_data_does_not_have_is_named_even_where_errors_are_skipped():
@@ -255,8 +268,10 @@ def test_log_extra_and_log_metric_reach_the_log():
 
 
 @pytest.mark.parametrize("log, words", [
-    (lambda extra, metric: extra("a", [1]), ["'a'", "1 values for 3"]), (lambda extra, metric: extra("reward", [1, 2, 3]), ["'reward'", "another name"]),
-    (lambda extra, metric: extra("a", [{1}, 2, 3]), ["TypeError"]), (lambda extra, metric: metric("m", "high"), ["ValueError", "'high'"])])
+    (lambda extra, metric: extra("a", [1]), ["'a'", "1 values for 3"]),
+    (lambda extra, metric: extra("reward", [1, 2, 3]), ["'reward'", "another name"]),
+    (lambda extra, metric: extra("a", [{1}, 2, 3]), ["TypeError"]),
+    (lambda extra, metric: metric("m", "high"), ["ValueError", "'high'"])])
 def test_what_can_not_be_logged_is_refused(log, words):
     def function(completions, log_extra, log_metric):
         log(log_extra, log_metric)
