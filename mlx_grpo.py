@@ -110,6 +110,8 @@ class MLXGRPOConfig:
                      "(trained weights and moments are float32 in any case)",
                      choices=("auto", "float32", "bfloat16", "float16"))
     seed: int = opt(0, "of the prompt order, every sampled token and the data splits", low=0, high=2**63 - 1)
+    recipe: str = opt("", "named settings from RECIPES, below what the file and --set say",
+                      choices=("", "deepseekmath", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "nanochat"))
     # where the run lives
     output_dir: str = opt("outputs", "directory of runs")
     run_name: str = opt("run", "the run's directory below output_dir; {n} becomes the next free number")
@@ -135,11 +137,27 @@ class MLXGRPOConfig:
     max_new_tokens: int = opt(512, "sampling limit of a completion, tokens; at most max_completion_length", low=1)
     max_completion_length: int = opt(1024, "Dr. GRPO's divisor and the overlong limit, tokens", low=1)
     temperature: float = opt(0.7, "divides the logits, when sampling and when scoring alike", above=0)
+    top_p: float = opt(1.0, "sample from the smallest set of tokens with this probability; 1 = all", above=0, high=1)
+    top_k: int = opt(0, "sample from this many best tokens; 0 = all", low=0)
+    min_p: float = opt(0.0, "sample from tokens with this share of the best one's probability; 0 = all", low=0, high=1)
+    repetition_penalty: float = opt(1.0, "divides the logits of tokens already in the context; 1 = off", above=0)
+    stop: list[str] = opt([], 'texts that end a completion, ["</answer>"] for instance')
+    response_prefix: str = opt("", "put before every completion: not sampled, not trained, seen by the rewards")
     rollout_batch_size: int = opt(256, "rows decoded together, in whole groups (at least one)", low=1)
     quantize_for_rollouts: bool | str = opt(False, 'sample from a quantised copy; "auto" = only up to 20 layers',
                                             choices=(True, False, "auto"))
-    rollout_bits: int = opt(4, "bits of the quantised copy", choices=(2, 3, 4, 6, 8))
+    rollout_bits: int | list[int] = opt(4, "bits of the quantised copy: 2, 3, 4, 6 or 8; a list is a ladder to climb "
+                                        "when rollouts fail, 0 = full precision: [4, 8, 0]")
     rollout_group_size: int = opt(64, "weights that share a scale in the quantised copy", choices=(32, 64, 128))
+    rollout_precision: dict = opt({}, 'bits of chosen modules in the quantised copy, by the start of their path, 0 = not '
+                                  'quantised: {lm_head = 8, "model.layers.0" = 0} (utils/sensitivity.py writes one)')
+    self_healing: bool = opt(True, "a batch that is not finite or beyond min_ess or max_logp_gap is discarded, and redone "
+                             "one rung up the ladder; off: the run stops")
+    min_ess: float = opt(0.0, "least effective sample size of the sampler's tokens, as a share; 0 = any", low=0, high=1)
+    max_logp_gap: float = opt(0.0, "greatest mean difference of sampler's and trainer's log-probs, nats; 0 = any", low=0)
+    calm_syncs: int = opt(5, "copies into model_old without trouble before the ladder is stepped back down", low=1)
+    dynamic_sampling: bool = opt(False, "replace groups whose rewards are all equal by further prompts (DAPO)")
+    max_gen_batches: int = opt(10, "rounds of dynamic sampling, then the step goes on with fewer groups", low=1)
     update_every: int = opt(10, "steps between copies of model into model_old", low=1)
     # rewards
     rewards: list[str] = opt(["correctness", "int", "strict_format", "soft_format", "xmlcount"],
@@ -148,16 +166,51 @@ class MLXGRPOConfig:
     on_reward_error: str = opt("stop", "an exception, wrong length or non-finite value: stop the run, or skip the row",
                                choices=("stop", "skip"))
     max_reward_errors: int = opt(100, "skipped rows after which the run stops all the same", low=0)
-    scale_rewards: str = opt("group", "what divides an advantage: the std of its group, of the batch, or nothing",
+    advantage: str = opt("group", "group: r - mean over std; rloo: r - mean of the others; gdpo: each reward normalised, "
+                         "then summed", choices=("group", "rloo", "gdpo"))
+    scale_rewards: str = opt("group", "what divides a group advantage: the std of its group, of the batch, or nothing",
                              choices=("group", "batch", "none"))
+    normalize_advantages: bool = opt(False, "rloo: whiten over the batch")
+    overlong_cache: int = opt(0, "soft overlong punishment (DAPO): a reward that falls from 0 to -1 over the last this many "
+                              "tokens before max_completion_length; 0 = off", low=0)
     # objective
-    loss_type: str = opt("grpo", "how tokens are weighed", choices=("grpo", "bnpo", "dr_grpo", "dapo"))
+    objective: str = opt("grpo", "grpo, or distill: towards teacher_model on the student's own completions",
+                         choices=("grpo", "distill"))
+    teacher_model: str = opt("", "distill: directory or hub id of the teacher; it must share the vocabulary")
+    distill_task_coeff: float = opt(0.0, "distill: weight of the rewards' advantage beside the teacher's", low=0)
+    loss_type: str = opt("grpo", 'a name from LOSSES, or "my_loss.py:function"')
+    importance_sampling_level: str = opt("token", "the ratio of a token, or of a whole sequence (GSPO)",
+                                         choices=("token", "sequence"))
+    num_iterations: int = opt(1, "passes over each rollout batch", low=1)
+    minibatches: int = opt(1, "steps that share one rollout batch, each with prompts of its own", low=1)
     clip_eps: float = opt(0.2, "the ratio is clipped below at 1 - clip_eps", low=0, high=1)
-    clip_eps_high: float = opt(-1.0, "the ratio is clipped above at 1 + clip_eps_high; -1 = clip_eps", low=-1)
+    clip_eps_high: float = opt(-1.0, "the ratio is clipped above at 1 + clip_eps_high; -1 = clip_eps; cispo: the bound "
+                               "itself", low=-1)
+    delta: float = opt(0.0, "bound of the ratio in the unclipped branch; 0 = none", low=0)
+    sapo_temperature_pos: float = opt(1.0, "sapo: of the gate for positive advantages", above=0)
+    sapo_temperature_neg: float = opt(1.05, "sapo: of the gate for negative advantages", above=0)
     kl_coeff: float = opt(0.0, "weight of the KL to the reference model; 0 = no reference model", low=0)
-    kl_estimator: str = opt("k3_corrected", "k3 (DeepSeekMath Eq. 4), or k3 times the ratio, unbiased off policy",
-                            choices=("k3", "k3_corrected"))
+    kl_estimator: str = opt("k3_corrected", "k1, k2, k3 (DeepSeekMath Eq. 4), or k3 times the ratio, unbiased off policy",
+                            choices=("k1", "k2", "k3", "k3_corrected"))
+    kl_in: str = opt("loss", "the KL term is part of the loss, or (k1, summed over the row) of the reward",
+                     choices=("loss", "reward"))
+    ref_sync_steps: int = opt(0, "steps between moves of the reference towards the policy; 0 = never", low=0)
+    ref_sync_mix: float = opt(0.6, "share of the policy in such a move (TR-DPO, 2404.09656)", above=0, high=1)
+    entropy_coef: float = opt(0.0, "weight of the entropy bonus", low=0)
+    entropy_adaptive: bool = opt(False, "move entropy_coef by entropy_step towards entropy_target (Skywork-OR1, 2505.22312)")
+    entropy_target: float = opt(0.2, "nats per token", low=0)
+    entropy_step: float = opt(0.005, "change of an adaptive entropy_coef at each step; it stays within [0, 1]", above=0, high=1)
+    top_entropy_quantile: float = opt(1.0, "train only this share of tokens, those of highest entropy; 1 = all", above=0, high=1)
+    off_policy_threshold: float = opt(0.0, "rows with negative advantage that drifted by more nats per token are masked; "
+                                      "0 = none", low=0)
     mask_truncated_completions: bool = opt(False, "completions without an end token contribute no tokens (DAPO)")
+    old_logprobs: str = opt("auto", "sampler: as recorded; proximal: the model before the rollout batch's first update, and "
+                            "sampler_correction for the rest; auto: proximal when rollouts are quantised",
+                            choices=("auto", "sampler", "proximal"))
+    sampler_correction: str = opt("sequence_mask", "proximal: how pi_old / pi_sampler weighs tokens (TIS, MIS)",
+                                  choices=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"))
+    sampler_clip_min: float = opt(0.0, "lower limit of that weight", low=0)
+    sampler_clip_max: float = opt(3.0, "upper limit of that weight", above=0)
     # what is trained, and how
     fine_tune_type: str = opt("full", "all weights, or low-rank adapters on a frozen base (which may be quantised)",
                               choices=("full", "lora", "dora"))
@@ -201,7 +254,7 @@ class MLXGRPOConfig:
     eval_temperature: float = opt(0.0, "of the completions in evaluations; 0 = greedy", low=0)
 
     def __post_init__(self):
-        """Every value against its field, then the rules that span options. Raises ConfigError."""
+        """Every value against its field, then the rules that span options (check_objective). Raises ConfigError."""
         for name in OPTIONS:
             object.__setattr__(self, name, check_option(name, vars(self)[name], "MLXGRPOConfig"))
         for name in ("model_name", "output_dir", "run_name", "dataset", "prompt_column", "dataset_split", "rewards"):
@@ -209,6 +262,7 @@ class MLXGRPOConfig:
                 raise ConfigError(f"{name} is empty; the default is {vars(MLXGRPOConfig).get(name) or ['correctness']!r}")
         if Path(self.run_name).is_absolute() or ".." in Path(self.run_name).parts:
             raise ConfigError(f"run_name is {self.run_name!r}, which leaves output_dir; name the place in output_dir")
+        check_objective(self)
         if self.max_new_tokens > self.max_completion_length:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens} but max_completion_length is "
                               f"{self.max_completion_length}; lower the first or raise the second")
@@ -234,10 +288,114 @@ class MLXGRPOConfig:
                               "use dataset = \"synthetic:chain\"")
 
     @property
+    def bits_ladder(self):
+        """Bits of the quantised copy, rung by rung; [0] without quantised rollouts."""
+        bits = [self.rollout_bits] if isinstance(self.rollout_bits, int) else self.rollout_bits
+        return bits if self.quantize_for_rollouts else [0]
+
+    @property
     def prompts_per_step(self):
         return self.batch_size * self.gradient_accumulation_steps
 
 
+def check_objective(config):
+    """Contradictions between the options of sampling and objective. Raises ConfigError."""
+    c = config
+    ladder = [c.rollout_bits] if isinstance(c.rollout_bits, int) else c.rollout_bits
+    rules = [
+        (c.loss_type not in LOSSES and ".py:" not in c.loss_type, f"loss_type must be one of {', '.join(LOSSES)}, or "
+         f"file.py:function, got {c.loss_type!r}{nearest(c.loss_type, LOSSES)}"),
+        (c.loss_type == "cispo" and c.clip_eps_high <= 0, "loss_type cispo clips the ratio at clip_eps_high itself; set it, "
+         "clip_eps_high = 5.0 for instance"),
+        (c.loss_type in ("cispo", "sapo", "vespo", "rloo") and c.delta, f"delta has no place in loss_type {c.loss_type!r}; "
+         "remove one of them"),
+        (c.loss_type in ("vespo", "rloo") and c.importance_sampling_level == "sequence",
+         f"loss_type {c.loss_type!r} has a ratio of its own; remove importance_sampling_level"),
+        (c.delta and c.delta <= 1 + (c.clip_eps if c.clip_eps_high < 0 else c.clip_eps_high),
+         f"delta is {c.delta}, inside the clip range; use more than 1 + clip_eps_high (INTELLECT-2: 4), or 0"),
+        (c.kl_in == "reward" and c.advantage == "gdpo", "kl_in = \"reward\" changes the sum of the rewards, which "
+         "advantage gdpo never forms; use kl_in = \"loss\""),
+        (c.kl_in == "reward" and c.kl_estimator not in ("k1", option_default("kl_estimator")),
+         f"the KL in the reward is k1, and kl_estimator is {c.kl_estimator!r}; remove it"),
+        (c.ref_sync_steps and not c.kl_coeff, "ref_sync_steps needs a reference model: set kl_coeff above 0"),
+        (c.ref_sync_steps and c.fine_tune_type != "full", "ref_sync_steps moves the reference's weights, and with adapters "
+         "the reference is the base itself; remove it"),
+        (c.normalize_advantages and c.advantage != "rloo", "normalize_advantages belongs to advantage rloo; for others see "
+         "scale_rewards"),
+        (c.advantage != "group" and c.scale_rewards != "group", f"scale_rewards belongs to advantage group, and advantage is "
+         f"{c.advantage!r}; remove one of them"),
+        ((c.objective == "distill") != bool(c.teacher_model), "objective distill and teacher_model belong together: set both "
+         "or neither"),
+        (c.objective == "grpo" and c.distill_task_coeff, "distill_task_coeff needs objective = \"distill\""),
+        (c.objective == "distill" and c.dynamic_sampling, "dynamic_sampling drops groups whose rewards are equal, which "
+         "distill learns from; turn one of them off"),
+        (c.overlong_cache > c.max_completion_length, f"overlong_cache is {c.overlong_cache}, more than max_completion_length"),
+        (not ladder or any(b not in (0, 2, 3, 4, 6, 8) for b in ladder) or ladder[0] == 0,
+         f"rollout_bits must be 2, 3, 4, 6 or 8, or a ladder of these that may end in 0, got {c.rollout_bits!r}"),
+        (len(ladder) > 1 and not c.self_healing, "rollout_bits is a ladder, which nothing climbs with self_healing = false"),
+        (any(b not in (0, 2, 3, 4, 6, 8) for b in c.rollout_precision.values()),
+         f"rollout_precision gives bits of 0, 2, 3, 4, 6 or 8, got {c.rollout_precision!r}"),
+        (c.entropy_adaptive and c.lora_dropout, "entropy_adaptive and lora_dropout don't go together; turn one of them off"),
+        (c.sampler_clip_min >= c.sampler_clip_max, f"sampler_clip_min {c.sampler_clip_min} is not below sampler_clip_max"),
+        (c.lora_dropout and c.old_logprobs == "proximal", "lora_dropout scores the old log-probs itself; leave old_logprobs"),
+        (any(not text for text in c.stop), "stop holds an empty text, which ends every completion; remove it"),
+    ]
+    for broken, message in rules:
+        if broken:
+            raise ConfigError(message)
+
+
+def options_without_effect(config, sources):
+    """Lines naming options that were set, and can't have an effect in this combination."""
+    c, updates = config, config.num_iterations * config.minibatches
+    moved = updates > 1 or c.update_every > 1
+    inert = {
+        "clip_eps": not moved and "one update for each rollout, on policy: the ratio is 1",
+        "clip_eps_high": not moved and c.loss_type != "cispo" and "one update for each rollout, on policy: the ratio is 1",
+        "delta": not moved and "one update for each rollout, on policy: the ratio is 1",
+        "importance_sampling_level": not moved and "one update for each rollout, on policy: the ratio is 1",
+        "off_policy_threshold": not moved and not c.quantize_for_rollouts and "rollouts are always fresh",
+        "kl_estimator": not c.kl_coeff and "kl_coeff is 0",
+        "kl_in": not c.kl_coeff and "kl_coeff is 0",
+        "ref_sync_mix": not c.ref_sync_steps and "ref_sync_steps is 0",
+        "rollout_bits": not c.quantize_for_rollouts and "quantize_for_rollouts is false",
+        "rollout_group_size": not c.quantize_for_rollouts and "quantize_for_rollouts is false",
+        "rollout_precision": not c.quantize_for_rollouts and "quantize_for_rollouts is false",
+        "calm_syncs": len(c.bits_ladder) == 1 and "rollout_bits is no ladder",
+        "sampler_correction": old_logprobs_kind(c) == "sampler" and "old log-probs are the sampler's",
+        "sampler_clip_min": old_logprobs_kind(c) == "sampler" and "old log-probs are the sampler's",
+        "sampler_clip_max": old_logprobs_kind(c) == "sampler" and "old log-probs are the sampler's",
+        "entropy_target": not c.entropy_adaptive and "entropy_adaptive is false",
+        "entropy_step": not c.entropy_adaptive and "entropy_adaptive is false",
+        "max_gen_batches": not c.dynamic_sampling and "dynamic_sampling is false",
+        "sapo_temperature_pos": c.loss_type != "sapo" and "loss_type is not sapo",
+        "sapo_temperature_neg": c.loss_type != "sapo" and "loss_type is not sapo",
+        "max_reward_errors": c.on_reward_error == "stop" and 'on_reward_error is "stop"',
+        "warmup_ratio": c.lr_scheduler_type == "constant" and "lr_scheduler_type is constant",
+        "num_epochs": c.max_steps and "max_steps decides",
+    }
+    return [f"{name} has no effect: {why}" for name, why in inert.items() if why and sources[name] != "default"]
+
+
+def old_logprobs_kind(config):
+    """"sampler" or "proximal": where the old log-probs come from."""
+    if config.old_logprobs == "auto":
+        return "proximal" if config.quantize_for_rollouts and not config.lora_dropout else "sampler"
+    return config.old_logprobs
+
+
+RECIPES = {  # each with its source
+    "deepseekmath": {"loss_type": "grpo", "kl_coeff": 0.04, "kl_estimator": "k3", "num_generations": 64},         # 2402.03300
+    "dapo": {"loss_type": "dapo", "clip_eps": 0.2, "clip_eps_high": 0.28, "dynamic_sampling": True, "num_generations": 16,
+             "mask_truncated_completions": True, "kl_coeff": 0.0},                                                # 2503.14476
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "kl_coeff": 0.0},                                # 2503.20783
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "clip_eps": 3e-4, "clip_eps_high": 4e-4,
+             "minibatches": 4, "kl_coeff": 0.0},                                                                  # 2507.18071
+    "cispo": {"loss_type": "cispo", "clip_eps_high": 5.0, "scale_rewards": "batch"},                              # 2506.13585
+    "rloo": {"loss_type": "rloo", "advantage": "rloo", "kl_coeff": 0.05, "kl_in": "reward"},                      # 2402.14740
+    "nanochat": {"loss_type": "dapo", "scale_rewards": "none", "kl_coeff": 0.0, "num_generations": 16, "temperature": 1.0,
+                 "update_every": 1},                                               # nanochat's scripts/chat_rl.py
+}
 OPTIONS = {f.name: f for f in fields(MLXGRPOConfig)}
 OTHER_NAMES = {  # what TRL, verl, mlx-lm-lora and mlx-lm call the same thing
     "beta": "kl_coeff", "kl_coef": "kl_coeff", "kl_loss_coef": "kl_coeff", "epsilon": "clip_eps", "clip_ratio": "clip_eps",
@@ -272,6 +430,7 @@ def option_default(name):
 KINDS = {  # annotation -> (types, in words)
     "str": (str, "a text"), "int": (int, "a whole number"), "float": (float, "a number"), "bool": (bool, "true or false"),
     "list[str]": (list, 'a list of texts, ["a", "b"]'), "list[float]": (list, "a list of numbers, [1.0, 0.5]"),
+    "int | list[int]": ((int, list), "a whole number or a list of them"),
     "dict": (dict, "a table, { name = value }"), "bool | str": ((bool, str), "true, false or a text"),
 }
 
@@ -351,6 +510,10 @@ def load_config(path=None, sets=()):
     for text in sets:
         name, value = parse_set(text)
         values[name], sources[name] = check_option(name, value, f"--set {text}".replace("\n", "\\n")), "--set"
+    recipe = values.get("recipe", "")
+    for name, value in RECIPES.get(recipe, {}).items():
+        if name not in values:
+            values[name], sources[name] = value, f"recipe {recipe}"
     try:
         return MLXGRPOConfig(**values), sources
     except ConfigError as error:         # options that contradict each other: say where those that it names come from
@@ -635,9 +798,10 @@ def is_quantized(model):
     return any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
 
 
-def frozen_copy(model, *, bits=0, group_size=64):
+def frozen_copy(model, *, bits=0, group_size=64, precision=None):
     """A second model with the same weights, not trained. The arrays are shared, so that it costs memory only once
-    `model` has moved; with bits, its matrices are quantised. Raises UserError for a weight that is not finite."""
+    `model` has moved; with bits, its matrices are quantised, those whose path starts with a key of `precision` to its
+    bits (0 = not). Raises UserError for a weight that is not finite."""
     weights = model.parameters()
     twin = copy.deepcopy(model, {id(array): array for _, array in tree_flatten(weights)})
     copied = dict(tree_flatten(twin.parameters()))
@@ -647,8 +811,15 @@ def frozen_copy(model, *, bits=0, group_size=64):
             raise UserError(f"{name} holds NaN or infinity, so no rollout can be sampled from it; "
                             "lower learning_rate or max_grad_norm and resume from the last checkpoint")
     if bits:
-        divisible = lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % group_size == 0
-        nn.quantize(twin, group_size, bits, class_predicate=divisible)
+        def quantised(path, module):
+            chosen = [value for start, value in (precision or {}).items() if path == start or path.startswith(start + ".")]
+            if not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size or chosen[-1:] == [0]:
+                return False
+            return {"bits": chosen[-1] if chosen else bits, "group_size": group_size}
+
+        if unknown := [key for key in precision or {} if not any(f"{n}.".startswith(f"{key}.") for n, _ in twin.named_modules())]:
+            raise ConfigError(f"rollout_precision: the model has no module {unknown[0]!r}")
+        nn.quantize(twin, group_size, bits, class_predicate=quantised)
         mx.eval(twin.parameters())
     twin.freeze()
     return twin
@@ -1093,10 +1264,12 @@ class Scorer:
 class Rollout:
     """G completions of one prompt, as sampled.
 
-    prompt_ids: L token ids. For each of the G completions: completion_ids, T_i sampled ids with the end token;
-    logprobs, T_i log-probs of these ids at the sampling temperature (nats), as the sampler saw them; env_mask, T_i
-    numbers, 1 = sampled, 0 = put there by an environment, not trained; ended, whether it stopped by itself; texts,
-    decoded without special tokens, for rewards and people. inputs: what else the prompt holds (images), opaque."""
+    prompt_ids: L token ids, a response_prefix among them. For each of the G completions: completion_ids, T_i sampled ids
+    with the end token; logprobs, T_i log-probs of these ids under the distribution they were drawn from (nats);
+    env_mask, T_i numbers, 1 = sampled, 0 = put there by an environment, not trained; ended, whether it stopped by
+    itself; texts, decoded without special tokens and with the prefix, for rewards and people; kept, the tokens that
+    could be drawn at each position where sampling is truncated (Batch.kept), or None. inputs: what else the prompt
+    holds (images), opaque."""
 
     problem: Problem
     prompt_ids: list
@@ -1105,6 +1278,7 @@ class Rollout:
     env_mask: list
     ended: list
     texts: list
+    kept: list | None = None
     inputs: object = None
 
 
@@ -1119,21 +1293,67 @@ def row_uniforms(seed, step, prompt, row, length, stream=TRAIN):
     return (((raw >> np.uint64(41)).astype(np.float64) + 0.5) * 2.0**-23).astype(np.float32)
 
 
-def draw(logits, uniforms, temperature):
-    """One token for each row by inverting the cumulative distribution at its uniform number; the best one where the
-    temperature is 0. logits (B, V), uniforms (B,). Returns (tokens (B,), log-probs (B,) in nats, at the temperature)."""
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution that completions are drawn from: the logits after the repetition penalty, divided by the
+    temperature (0 = the best token), cut to the top_k best, then to the smallest set with probability top_p, then to
+    those with at least min_p of the best one's probability, and renormalised. stop: texts that end a completion."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple = ()
+    max_new_tokens: int = 256
+
+    @property
+    def truncated(self):
+        return bool(self.temperature and (self.top_k or self.top_p < 1 or self.min_p))
+
+
+def draw(logits, uniforms, sampling, seen=None):
+    """One token for each row by inverting the cumulative distribution at its uniform number.
+
+    logits (B, V), uniforms (B,), seen (B, V) booleans for the repetition penalty. Returns tokens (B,), log-probs (B,) in
+    nats under the distribution drawn from, and what could be drawn: (B, top_k) ids with -1 behind for a top_k of at most
+    KEPT_IDS, else (B, V) booleans, or None where that is everything."""
     logits = logits.astype(mx.float32)     # bf16 log-softmax is off by 1e-2 nats, the size of a real log-ratio
-    z = logits / temperature if temperature else logits
+    if seen is not None:
+        logits = penalised(logits, seen, sampling.repetition_penalty)
+    z = logits / sampling.temperature if sampling.temperature else logits
     z = z - z.max(axis=-1, keepdims=True)
-    weights = mx.exp(z)
-    if temperature:
-        cumulative = mx.cumsum(weights, axis=-1)
-        reached = cumulative >= uniforms[:, None] * cumulative[:, -1:]     # true at the end, as uniforms are below 1
-        tokens = mx.argmax(reached, axis=-1)
-    else:
+    if not sampling.temperature:
         tokens = mx.argmax(z, axis=-1)
-    taken = mx.take_along_axis(z, tokens[:, None], axis=-1)[:, 0]
-    return tokens, taken - mx.log(weights.sum(axis=-1))
+        return tokens, mx.take_along_axis(z, tokens[:, None], axis=-1)[:, 0] - mx.log(mx.exp(z).sum(axis=-1)), None
+    order = mx.argsort(-z, axis=-1) if sampling.truncated else None
+    if sampling.truncated:
+        z = mx.take_along_axis(z, order, axis=-1)                              # best first
+    weights = mx.exp(z)
+    if sampling.truncated:
+        rank, inside = mx.arange(z.shape[-1]), mx.ones(z.shape, dtype=mx.bool_)
+        if sampling.top_k:
+            inside = mx.broadcast_to(rank < sampling.top_k, z.shape)
+        if sampling.top_p < 1:
+            so_far = mx.cumsum(mx.where(inside, weights, 0), axis=-1)
+            inside = inside & (so_far - weights < sampling.top_p * so_far[:, -1:])
+        if sampling.min_p:
+            inside = inside & (weights >= sampling.min_p * weights[:, :1])
+        weights = mx.where(inside | (rank == 0), weights, 0)
+    cumulative = mx.cumsum(weights, axis=-1)
+    reached = cumulative >= uniforms[:, None] * cumulative[:, -1:]             # true at the end, as uniforms are below 1
+    places = mx.argmax(reached, axis=-1)[:, None]
+    logprobs = mx.take_along_axis(z, places, axis=-1)[:, 0] - mx.log(weights.sum(axis=-1))
+    if not sampling.truncated:
+        return places[:, 0], logprobs, None
+    tokens = mx.take_along_axis(order, places, axis=-1)[:, 0]
+    if 0 < sampling.top_k <= KEPT_IDS:
+        return tokens, logprobs, mx.where(weights > 0, order.astype(mx.int32), -1)[:, :sampling.top_k]
+    kept = mx.put_along_axis(mx.zeros(z.shape, dtype=mx.bool_), order, weights > 0, axis=-1)
+    return tokens, logprobs, kept
+
+
+KEPT_IDS = 64      # kept sets of up to this size are recorded as ids, larger ones as a bit for each token
 
 
 def prefill(model, prompt_ids, chunk=512):
@@ -1166,73 +1386,129 @@ def stack_caches(caches, lengths, num_generations):
     return stacked
 
 
-def decode(model, cache, logits, uniforms, *, max_new_tokens, temperature, end_ids):
+def decode(model, cache, logits, uniforms, sampling, *, end_ids, seen=None, stopped=None):
     """Sample one completion for each row of a prefilled cache; rows that have ended leave the batch once they are half
-    of it. logits (B, V), uniforms (B, max_new_tokens).
+    of it. logits (B, V), uniforms (B, max_new_tokens), seen (B, V) booleans, stopped(ids) -> whether a stop text occurs.
 
-    Returns (ids, logprobs): for each row an int and a float32 array, both (T_i,), the end token included."""
+    Returns (ids, logprobs, kept, ended): for each row an int and a float list, both (T_i,), the end token included; the
+    kept sets (T_i, ...) or None; and whether it ended by itself."""
     B = logits.shape[0]
-    ids, logprobs = [[] for _ in range(B)], [[] for _ in range(B)]
+    ids, logprobs, kept, ended = [[] for _ in range(B)], [[] for _ in range(B)], [[] for _ in range(B)], [False] * B
     rows, done = np.arange(B), np.zeros(B, dtype=bool)      # rows in the batch, and whether each has ended
     uniforms = mx.array(uniforms)
-    ends = np.array(sorted(end_ids))
-    tokens, taken = draw(logits, uniforms[:, 0], temperature)
-    mx.async_eval(tokens, taken)
-    for position in range(max_new_tokens):
-        if position + 1 < max_new_tokens:       # queue the next token before this one is read
-            logits = model(tokens[:, None], cache=cache)[:, -1]
-            next_tokens, next_taken = draw(logits, uniforms[:, position + 1], temperature)
-            mx.async_eval(next_tokens, next_taken)
-        for row, over, token, logprob in zip(rows, done, np.array(tokens), np.array(taken)):
+
+    def next_tokens(logits, position, seen):
+        tokens, taken, sets = draw(logits, uniforms[:, position], sampling, seen)
+        if seen is not None:
+            seen = mx.put_along_axis(seen, tokens[:, None], mx.array(True), axis=-1)
+        mx.async_eval(tokens, taken)
+        return tokens, taken, sets, seen
+
+    tokens, taken, sets, seen = next_tokens(logits, 0, seen)
+    for position in range(sampling.max_new_tokens):
+        if position + 1 < sampling.max_new_tokens:          # queue the next token before this one is read
+            queued = next_tokens(model(tokens[:, None], cache=cache)[:, -1], position + 1, seen)
+        read_sets = pack_sets(sets)
+        for i, (row, over, token, logprob) in enumerate(zip(rows, done, np.array(tokens), np.array(taken))):
             if not over:
                 ids[row].append(int(token))
                 logprobs[row].append(float(logprob))
-        done |= np.isin(np.array(tokens), ends)
-        if done.all() or position + 1 == max_new_tokens:
+                if read_sets is not None:
+                    kept[row].append(read_sets[i])
+                done[i] = ended[row] = int(token) in end_ids or (stopped is not None and stopped(ids[row]))
+        if done.all() or position + 1 == sampling.max_new_tokens:
             break
-        tokens, taken = next_tokens, next_taken
+        tokens, taken, sets, seen = queued
         if done.sum() * 2 >= len(done):         # compact: copying the cache pays for itself in a few tokens
             keep = mx.array(np.flatnonzero(~done))
             cache = [map_cache(lambda a: a[keep], layer) for layer in cache]
             tokens, taken, uniforms = tokens[keep], taken[keep], uniforms[keep]
+            sets, seen = (None if a is None else a[keep] for a in (sets, seen))
             rows, done = rows[~done], done[~done]
-    return ids, logprobs
+    return ids, logprobs, [np.stack(sets) if sets else None for sets in kept], ended
 
 
-def sample_completions(model, tokenizer, problems, config, *, num_generations, max_new_tokens, temperature, step,
-                       stream=TRAIN):
+def pack_sets(sets):
+    """Kept sets as NumPy: ids as they are, booleans packed into bits; None for None."""
+    if sets is None:
+        return None
+    sets = np.array(sets)
+    return np.packbits(sets, axis=-1) if sets.dtype == bool else sets
+
+
+def train_sampling(config):
+    """The Sampling of training rollouts."""
+    return Sampling(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty,
+                    tuple(config.stop), config.max_new_tokens)
+
+
+def sample_completions(model, tokenizer, problems, config, sampling, *, num_generations, step, stream=TRAIN, first_prompt=0):
     """A Rollout of num_generations completions for each problem. Every prompt is prefilled once; up to
-    rollout_batch_size rows (whole groups) are decoded together. Raises UserError for a log-prob that is not finite."""
-    rollouts, at_once = [], max(1, config.rollout_batch_size // num_generations)
+    rollout_batch_size rows (whole groups) are decoded together. first_prompt: place of the first problem in the step.
+    Raises NotFinite for a log-prob that is not finite."""
+    prefix = tokenizer.encode(config.response_prefix, add_special_tokens=False) if config.response_prefix else []
+    stopped = stop_test(tokenizer, sampling.stop) if sampling.stop else None
+    rollouts, at_once, G = [], max(1, config.rollout_batch_size // num_generations), num_generations
     for first in range(0, len(problems), at_once):
         chunk = problems[first:first + at_once]
-        prompts = [render_prompt(tokenizer, p, config) for p in chunk]
+        prompts = [render_prompt(tokenizer, p, config) + list(prefix) for p in chunk]
         caches, logits = zip(*[prefill(model, ids) for ids in prompts])
-        uniforms = np.stack([row_uniforms(config.seed, step, first + p, g, max_new_tokens, stream)
-                             for p in range(len(chunk)) for g in range(num_generations)])
-        ids, logprobs = decode(
-            model, stack_caches(caches, [len(p) for p in prompts], num_generations),
-            mx.repeat(mx.concatenate(logits), num_generations, axis=0), uniforms,
-            max_new_tokens=max_new_tokens, temperature=temperature, end_ids=tokenizer.eos_token_ids)
+        logits = mx.repeat(mx.concatenate(logits), G, axis=0)
+        uniforms = np.stack([row_uniforms(config.seed, step, first_prompt + first + p, g, sampling.max_new_tokens, stream)
+                             for p in range(len(chunk)) for g in range(G)])
+        ids, logprobs, kept, ended = decode(
+            model, stack_caches(caches, [len(p) for p in prompts], G), logits, uniforms, sampling,
+            end_ids=tokenizer.eos_token_ids, seen=seen_tokens(prompts, G, logits.shape[-1], sampling), stopped=stopped)
         for p, problem in enumerate(chunk):
-            group = slice(p * num_generations, (p + 1) * num_generations)
-            rollouts.append(make_rollout(tokenizer, problem, prompts[p], ids[group], logprobs[group]))
+            group = slice(p * G, (p + 1) * G)
+            rollouts.append(make_rollout(tokenizer, problem, prompts[p], ids[group], logprobs[group], ended=ended[group],
+                                         kept=kept[group] if sampling.truncated else None, prefix=config.response_prefix))
     return rollouts
 
 
-def make_rollout(tokenizer, problem, prompt_ids, completion_ids, logprobs, env_mask=None, inputs=None):
-    """A Rollout with what follows from the ids: which completions ended, and their texts."""
+def seen_tokens(prompts, num_generations, vocab_size, sampling):
+    """(B, V) booleans of the tokens in each row's prompt, or None where there is no repetition penalty."""
+    if sampling.repetition_penalty == 1:
+        return None
+    seen = np.zeros((len(prompts), vocab_size), dtype=bool)
+    for row, ids in zip(seen, prompts):
+        row[list(ids)] = True
+    return mx.repeat(mx.array(seen), num_generations, axis=0)
+
+
+def stop_test(tokenizer, stop):
+    """A function of sampled ids: whether the last of them completes one of the stop texts."""
+    window = max(len(text.encode()) for text in stop) + 1     # a token is at least one byte
+    return lambda ids: any(text in tokenizer.decode(ids[-window:]) for text in stop)
+
+
+class NotFinite(UserError):
+    """A log-prob, gap or gradient that is not finite or beyond its limit: the batch can't be trained on."""
+
+
+def make_rollout(tokenizer, problem, prompt_ids, completion_ids, logprobs, *, env_mask=None, inputs=None, ended=None,
+                 kept=None, prefix=""):
+    """A Rollout with what follows from the ids: which completions ended (by an end token, unless given), their texts."""
     if not all(np.isfinite(row).all() for row in logprobs):
-        raise UserError(f"the sampler gave a log-prob that is not finite for {problem.prompt!r}; with quantised rollouts "
+        raise NotFinite(f"the sampler gave a log-prob that is not finite for {problem.prompt!r}; with quantised rollouts "
                         "raise rollout_bits or set quantize_for_rollouts = false, else lower learning_rate and resume")
-    ends = set(tokenizer.eos_token_ids)
-    ended = [bool(ids) and ids[-1] in ends for ids in completion_ids]
-    texts = [tokenizer.decode(ids[:-1] if over else ids, skip_special_tokens=True) for ids, over in zip(completion_ids, ended)]
+    at_end = [bool(ids) and ids[-1] in tokenizer.eos_token_ids for ids in completion_ids]
+    texts = [prefix + tokenizer.decode(ids[:-1] if over else ids, skip_special_tokens=True)
+             for ids, over in zip(completion_ids, at_end)]
     return Rollout(problem, prompt_ids, completion_ids, logprobs, env_mask or [[1] * len(ids) for ids in completion_ids],
-                   ended, texts, inputs)
+                   at_end if ended is None else ended, texts, kept, inputs)
 
 
 # ---- advantages and batches ------------------------------------------------------------------------------------------
+
+def nan_mean_std(x, axis=None):
+    """(mean, std with ddof 1) of the entries that are not NaN, dimensions kept; NaN where there are too few."""
+    known = ~np.isnan(x)
+    count = known.sum(axis=axis, keepdims=True)
+    mean = np.where(known, x, 0).sum(axis=axis, keepdims=True) / np.where(count > 0, count, np.nan)
+    squares = (np.where(known, x - mean, 0) ** 2).sum(axis=axis, keepdims=True)
+    return mean, np.sqrt(squares / np.where(count > 1, count - 1, np.nan))
+
 
 def group_advantages(rewards, scale="group", eps=1e-4):
     """A_i = (r_i - mean of its group) / (std + eps), with the std of the group, of the batch, or no divisor ("none").
@@ -1240,60 +1516,106 @@ def group_advantages(rewards, scale="group", eps=1e-4):
     rewards (P, G) float64, NaN = not scorable. Means and stds leave NaN out, std has ddof 1; a group with one scorable
     row, and a NaN row, get 0. Returns (P, G) float64. (DeepSeekMath 4.1.2; "none": Dr. GRPO, arXiv 2503.20783.)"""
     rewards = np.asarray(rewards, dtype=np.float64)
-    scorable = ~np.isnan(rewards)
-    count = scorable.sum(axis=1, keepdims=True)
-    mean = np.where(scorable, rewards, 0).sum(axis=1, keepdims=True) / np.maximum(count, 1)
-    centred = rewards - mean
+    mean, std = nan_mean_std(rewards, axis=1)
     if scale == "none":
-        return np.nan_to_num(centred)
-    if scale == "group":
-        squares = np.where(scorable, centred, 0) ** 2
-        std = np.sqrt(squares.sum(axis=1, keepdims=True) / np.where(count > 1, count - 1, np.nan))
-    else:
-        std = rewards[scorable].std(ddof=1) if scorable.sum() > 1 else np.nan
-    return np.nan_to_num(centred / (std + eps))
+        return np.nan_to_num(rewards - mean)
+    if scale == "batch":
+        std = nan_mean_std(rewards)[1]
+    return np.nan_to_num((rewards - mean) / (std + eps))
+
+
+def rloo_advantages(rewards, whiten=False, eps=1e-4):
+    """A_i = r_i minus the mean of the others in its group; whiten: then by the batch's mean and std. (P, G), NaN = not
+    scorable. (Back to Basics, arXiv 2402.14740.)"""
+    rewards = np.asarray(rewards, dtype=np.float64)
+    known = ~np.isnan(rewards)
+    count = known.sum(axis=1, keepdims=True)
+    others = (np.where(known, rewards, 0).sum(axis=1, keepdims=True) - rewards) / np.where(count > 1, count - 1, np.nan)
+    advantages = rewards - others
+    if whiten:
+        mean, std = nan_mean_std(advantages)
+        advantages = (advantages - mean) / (std + eps)
+    return np.nan_to_num(advantages)
+
+
+def gdpo_advantages(scores, weights, eps=1e-4):
+    """Each reward normalised inside its group, then summed by weight, then normalised over the batch. scores (P, G, K)
+    with NaN = does not apply. Returns (P, G). (GDPO, arXiv 2601.05242.)"""
+    mean, std = nan_mean_std(np.asarray(scores, dtype=np.float64), axis=1)
+    normalised = (scores - mean) / (std + eps)
+    sums = weighted_rewards(normalised.reshape(-1, scores.shape[-1]), weights).reshape(scores.shape[:2])
+    mean, std = nan_mean_std(sums)
+    return np.nan_to_num((sums - mean) / (std + eps))
+
+
+def weighted_rewards(scores, weights):
+    """(B,) sums of weight * score over the functions that apply; NaN where none does. scores (B, K) with NaN."""
+    return np.where(np.isnan(scores).all(axis=1), np.nan, np.nansum(scores * weights, axis=1))
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows to train on. tokens (B, S): prompt and completion, padded on the right. prompt_lengths (B,).
-    completion_ids, mask, old_logprobs, ref_logprobs (B, T), padded on the right with 0; mask 1 = trained token.
-    advantages (B,)."""
+    completion_ids, mask, old_logprobs, sampler_logprobs, ref_logprobs, is_weights (B, T), padded on the right with 0;
+    mask 1 = trained token. advantages (B, 1), or (B, T) for credit by token. kept: the tokens that could be sampled at
+    each position, (B, T, K) ids with -1 behind, or (B, T, ceil(V/8)) bits as uint8; K = 0: all. first_seen (B, V):
+    where in `tokens` each token occurs first (the repetition penalty needs it); (B, 0) without one."""
 
     tokens: mx.array
     prompt_lengths: mx.array
     completion_ids: mx.array
     mask: mx.array
     old_logprobs: mx.array
+    sampler_logprobs: mx.array
     ref_logprobs: mx.array
+    is_weights: mx.array
     advantages: mx.array
+    kept: mx.array
+    first_seen: mx.array
 
 
-def right_pad(rows, width, dtype):
-    padded = np.zeros((len(rows), width), dtype=dtype)
+def right_pad(rows, width, dtype, fill=0):
+    """Rows of numbers, or of equally wide vectors, as one array (B, width, ...)."""
+    rows = [np.asarray(row, dtype=dtype) for row in rows]
+    padded = np.full((len(rows), width, *rows[0].shape[1:]), fill, dtype=dtype)
     for i, row in enumerate(rows):
         padded[i, :len(row)] = row
     return mx.array(padded)
 
 
-def pad_batch(rollouts, advantages, *, mask_truncated=False, multiple=16):
+def pad_batch(rollouts, advantages=None, *, mask_truncated=False, multiple=16, vocab_size=0):
     """The rows of some rollouts as a Batch; advantages (P, G). Widths are rounded up to `multiple`, which bounds the
-    number of different shapes. ref_logprobs start as zeros."""
+    number of different shapes. old_logprobs are the sampler's; ref_logprobs start as zeros, is_weights as ones.
+    vocab_size: where given, first_seen is filled in."""
     rows = [(r, i) for r in rollouts for i in range(len(r.completion_ids))]
     completions = [r.completion_ids[i] for r, i in rows]
     masks = [np.array(r.env_mask[i]) * (r.ended[i] or not mask_truncated) for r, i in rows]
     full = [list(r.prompt_ids) + r.completion_ids[i] for r, i in rows]
     round_up = lambda n: -(-n // multiple) * multiple
     T, S = round_up(max(map(len, completions))), round_up(max(map(len, full)))
+    logprobs = right_pad([r.logprobs[i] for r, i in rows], T, np.float32)
+    first_seen = np.full((len(rows), vocab_size), np.iinfo(np.int32).max, dtype=np.int32)
+    for i, row in enumerate(full) if vocab_size else ():
+        first_seen[i, row[::-1]] = np.arange(len(row))[::-1]       # the earliest position is written last
+    kept = [r.kept[i] for r, i in rows if r.kept is not None]
+    advantages = np.zeros(len(rows)) if advantages is None else np.asarray(advantages)
     return Batch(
         tokens=right_pad(full, S, np.int32),
         prompt_lengths=mx.array([len(r.prompt_ids) for r, _ in rows]),
         completion_ids=right_pad(completions, T, np.int32),
         mask=right_pad(masks, T, np.float32),
-        old_logprobs=right_pad([r.logprobs[i] for r, i in rows], T, np.float32),
-        ref_logprobs=mx.zeros((len(rows), T)),
-        advantages=mx.array(np.asarray(advantages, dtype=np.float32).reshape(-1)),
+        old_logprobs=logprobs, sampler_logprobs=logprobs,
+        ref_logprobs=mx.zeros((len(rows), T)), is_weights=mx.ones((len(rows), T)),
+        advantages=mx.array(advantages.astype(np.float32).reshape(-1, 1)),
+        kept=right_pad(kept, T, kept[0].dtype, fill=0 if kept[0].dtype == np.uint8 else -1) if kept
+        else mx.zeros((len(rows), T, 0), dtype=mx.int32),
+        first_seen=mx.array(first_seen),
     )
+
+
+def take_rows(batch, rows):
+    """The Batch of some rows (a list of indices)."""
+    return Batch(**{name: array[mx.array(rows)] for name, array in vars(batch).items()})
 
 
 # ---- log-probs and loss ----------------------------------------------------------------------------------------------
@@ -1339,31 +1661,59 @@ class SplitModel:
             del vars(self.model)[self.name]
 
 
-def completion_logprobs(split, batch, temperature):
-    """Log-probs of the completion tokens and entropies at the sampling temperature, from one forward pass.
+def penalised(logits, seen, penalty):
+    """Logits of tokens already in the context divided (or, where negative, multiplied) by the repetition penalty, as in
+    CTRL (arXiv 1909.05858) and transformers. seen: (..., V) booleans."""
+    return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
-    split: a SplitModel. Returns (logprobs, entropy), both (B, T) float32, nats; entropy carries no gradient. Padding
-    holds the values of a wrong token: mask it."""
+
+def restrict(z, kept):
+    """Logits (B, T, V) with -inf outside of the kept sets (Batch.kept), or, for sets of ids, only their logits (B, T, K).
+    Their logsumexp is the normaliser of the distribution that was sampled from."""
+    if kept.dtype == mx.uint8:
+        v = mx.arange(z.shape[-1])
+        inside = (kept[:, :, v // 8] >> (7 - v % 8).astype(mx.uint8)) & 1
+        return mx.where(inside > 0, z, -mx.inf)
+    inside = mx.take_along_axis(z, mx.maximum(kept, 0), axis=-1)
+    return mx.where(kept >= 0, inside, -mx.inf)
+
+
+def completion_logprobs(split, batch, temperature, repetition_penalty=1.0, entropy_gradient=False):
+    """Log-probs of the completion tokens and entropies, under the distribution that they were sampled from: at the
+    sampling temperature, with the repetition penalty, renormalised over the kept sets; from one forward pass.
+
+    split: a SplitModel. Returns (logprobs, entropy), both (B, T) float32, nats; entropy carries a gradient only if asked.
+    Where mask is 0 both are those of a wrong token, or 0: mask them."""
     B, T = batch.completion_ids.shape
     hidden = split.trunk(batch.tokens)                                                      # (B, S, C)
-    before = batch.prompt_lengths[:, None] - 1 + mx.arange(T)                               # position that predicts t
-    before = mx.minimum(before, batch.tokens.shape[1] - 1)
+    position = batch.prompt_lengths[:, None] + mx.arange(T)                                 # of completion token t
+    before = mx.minimum(position - 1, batch.tokens.shape[1] - 1)                            # where it is predicted
     hidden = mx.take_along_axis(hidden, before[:, :, None], axis=1)                         # (B, T, C)
-    z = split.head(hidden).astype(mx.float32) / temperature                                 # (B, T, V)
-    normaliser = mx.logsumexp(z, axis=-1)                                                   # (B, T)
+    z = split.head(hidden).astype(mx.float32)                                               # (B, T, V)
+    if batch.first_seen.shape[-1]:
+        z = penalised(z, batch.first_seen[:, None, :] < position[:, :, None], repetition_penalty)
+    z = z / temperature
     taken = mx.take_along_axis(z, batch.completion_ids[:, :, None], axis=-1)[:, :, 0]
-    fixed = mx.stop_gradient(z)
-    log_p = fixed - mx.stop_gradient(normaliser)[:, :, None]
-    entropy = -(mx.exp(log_p) * log_p).sum(axis=-1)
+    if batch.kept.shape[-1]:
+        real = batch.mask[:, :, None] > 0
+        z = mx.where(real, restrict(z, batch.kept), 0)                                      # padding has no kept set
+    normaliser = mx.logsumexp(z, axis=-1)                                                   # (B, T)
+    fixed = z if entropy_gradient else mx.stop_gradient(z)
+    log_p = fixed - (normaliser if entropy_gradient else mx.stop_gradient(normaliser))[:, :, None]
+    entropy = -mx.where(mx.isinf(log_p), 0, mx.exp(log_p) * mx.where(mx.isinf(log_p), 0, log_p)).sum(axis=-1)
     return taken - normaliser, entropy
 
 
-TOKEN_WEIGHTS = {  # what each token counts; N rows and M trained tokens in the whole step, so splitting changes nothing
-    "grpo": lambda mask, N, M, max_tokens: mask / mx.maximum(mask.sum(1, keepdims=True), 1) / N,   # mean of row means
-    "bnpo": lambda mask, N, M, max_tokens: mask / mx.maximum(M, 1),                                       # token mean
-    "dapo": lambda mask, N, M, max_tokens: mask / mx.maximum(M, 1),                       # token mean, DAPO, arXiv 2503.14476
-    "dr_grpo": lambda mask, N, M, max_tokens: mask / (N * max_tokens),             # constant, Dr. GRPO, 2503.20783
-}
+def importance_weights(old_logprobs, sampler_logprobs, mask, mode, clip_min, clip_max):
+    """Sampler correction pi_old / pi_sampler, (B, T), without gradient: by token or sequence, truncated to the limits
+    (TIS, arXiv 1606.02647) or 0 outside of them (MIS, IcePop)."""
+    gap = mx.where(mask > 0, old_logprobs - sampler_logprobs, 0)
+    gap = mx.where(mx.isnan(gap), 0, gap)
+    level, _, how = mode.partition("_")
+    weights = guarded_exp(gap if level == "token" else mx.broadcast_to(gap.sum(axis=1, keepdims=True), gap.shape))
+    if how == "truncate":
+        return mx.clip(weights, clip_min, clip_max)
+    return mx.where((weights >= clip_min) & (weights <= clip_max), weights, 0)
 
 
 def guarded_exp(x):
@@ -1371,37 +1721,152 @@ def guarded_exp(x):
     return mx.exp(mx.clip(x, -20, 20))
 
 
-def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss_type, clip_eps, clip_eps_high, kl_coeff,
-              max_tokens=None, kl_estimator="k3", num_rows=None, num_tokens=None):
-    """Negated GRPO objective (DeepSeekMath Eq. 3, with the KL estimator of Eq. 4).
+@dataclass(frozen=True)
+class Terms:
+    """What a per-token objective is made of. logprobs, log_ratio, mask: (B, T); ratio: (B, T), or (B, 1) at sequence
+    level; A: (B, 1) or (B, T); is_weights: (B, T), or None. The rest are the options of the same name."""
 
-    logprobs, old_logprobs, ref_logprobs: (B, T), nats; only logprobs carries a gradient. advantages: (B,).
-    mask: (B, T), 1 on trained tokens, 0 on padding and injected tokens. max_tokens: Dr. GRPO's divisor.
-    num_rows, num_tokens: of the whole step where this is a part of it (default: this batch); the parts' values add up.
+    logprobs: mx.array
+    log_ratio: mx.array
+    ratio: mx.array
+    A: mx.array
+    mask: mx.array
+    clip_eps: float
+    clip_eps_high: float
+    delta: float | None = None
+    sapo_tau: tuple = (1.0, 1.05)
+    is_weights: mx.array | None = None
+
+
+def clipped(t):
+    """min(rho A, clip(rho) A) (PPO); delta bounds the unclipped branch as well (INTELLECT-2, arXiv 2505.07291)."""
+    free = t.ratio if t.delta is None else mx.minimum(t.ratio, t.delta)
+    return mx.minimum(free * t.A, mx.clip(t.ratio, 1 - t.clip_eps, 1 + t.clip_eps_high) * t.A)
+
+
+def cispo(t):
+    """The weight is clipped, at clip_eps_high itself, and not the update: no token loses its gradient (2506.13585)."""
+    return mx.stop_gradient(mx.minimum(t.ratio, t.clip_eps_high)) * t.A * t.logprobs
+
+
+def sapo(t):
+    """A soft gate in place of the clip (arXiv 2511.20347)."""
+    tau = mx.where(t.A > 0, *t.sapo_tau)
+    return 4 / tau * mx.sigmoid(tau * (t.ratio - 1)) * t.A
+
+
+def vespo(t):
+    """Gamma-shaped sequence weights (arXiv 2602.10693); the sampler correction enters w and is not applied again."""
+    w = (mx.clip(t.log_ratio, -20, 20) * t.mask).sum(axis=1, keepdims=True)
+    if t.is_weights is not None:
+        w = w + mx.clip(mx.log(t.is_weights), math.log(1e-8), 20).sum(axis=1, keepdims=True)
+    w = mx.clip(w, math.log(1e-8), 20)
+    k, lam = mx.where(t.A >= 0, 2.0, 3.0), mx.where(t.A >= 0, 3.0, 2.0)
+    phi = mx.exp(lam + k * w - lam * mx.exp(w))
+    return mx.stop_gradient(mx.where(mx.isfinite(phi), phi, 0)) * t.A * t.logprobs
+
+
+# What each token counts, from the mask (B, T); N rows and M trained tokens in the whole step: splitting changes nothing.
+def row_means(mask, N, M, max_tokens):
+    return mask / mx.maximum(mask.sum(axis=1, keepdims=True), 1) / N
+
+
+def token_mean(mask, N, M, max_tokens):
+    return mask / mx.maximum(M, 1)
+
+
+def row_sums(mask, N, M, max_tokens):
+    return mask / N
+
+
+def constant(mask, N, M, max_tokens):
+    return mask / (N * max_tokens)
+
+
+LOSSES = {  # loss_type: (objective of a token, what the token counts)
+    "grpo": (clipped, row_means),       # DeepSeekMath, 2402.03300
+    "bnpo": (clipped, token_mean),      # over the whole step; TRL's is over the micro-batch
+    "dapo": (clipped, token_mean),      # 2503.14476
+    "dr_grpo": (clipped, constant),     # 2503.20783
+    "luspo": (clipped, row_sums),       # 2602.05261
+    "cispo": (cispo, token_mean),
+    "sapo": (sapo, row_means),
+    "vespo": (vespo, token_mean),
+    "rloo": (clipped, row_means),       # with the ratio of whole sequences, 2402.14740
+}
+
+RATIOS = {  # importance_sampling_level: log_ratio (B, T) -> ratio
+    "token": lambda log_ratio, mask: guarded_exp(log_ratio),
+    "sequence": lambda log_ratio, mask: guarded_exp(log_ratio.sum(1, keepdims=True) / mx.maximum(mask.sum(1, keepdims=True), 1)),
+    "sequence_sum": lambda log_ratio, mask: guarded_exp(log_ratio.sum(1, keepdims=True)),
+}
+
+KL_ESTIMATORS = {  # d = log(pi_ref / pi_theta) (B, T), ratio -> KL term of a token (Schulman 2020)
+    "k1": lambda d, ratio: -d,
+    "k2": lambda d, ratio: d * d / 2,
+    "k3": lambda d, ratio: guarded_exp(d) - mx.clip(d, -20, 20) - 1,
+    "k3_corrected": lambda d, ratio: (guarded_exp(d) - mx.clip(d, -20, 20) - 1) * ratio,   # unbiased off policy, 2512.02556
+}
+
+
+def find_loss(loss_type):
+    """(objective, token weights) of a name in LOSSES, or of "file.py:function": a function of Terms, with the token mean
+    unless it has an attribute `weights` that names one of LOSSES. Raises ConfigError."""
+    if loss_type in LOSSES:
+        return LOSSES[loss_type]
+    function = load_symbol(loss_type, "loss_type")
+    return function, LOSSES[vars(function).get("weights", "dapo")][1]
+
+
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss_type, clip_eps, clip_eps_high, kl_coeff,
+              max_tokens=None, kl_estimator="k3", level="token", delta=None, sapo_tau=(1.0, 1.05), is_weights=None,
+              sampler_logprobs=None, off_policy_threshold=None, entropy=None, entropy_threshold=None, entropy_coef=None,
+              num_rows=None, num_tokens=None, num_entropy_tokens=None):
+    """Negated GRPO objective (DeepSeekMath Eq. 3, with the KL estimators of KL_ESTIMATORS), in all its variants.
+
+    logprobs, old_logprobs, ref_logprobs, sampler_logprobs, is_weights, entropy: (B, T), nats; only logprobs and, for the
+    bonus, entropy carry a gradient. advantages: (B,), (B, 1) or (B, T). mask: (B, T), 1 on trained tokens, 0 on padding
+    and injected tokens. max_tokens: Dr. GRPO's divisor. num_rows, num_tokens, num_entropy_tokens: of the whole step
+    where this is a part of it (default: this batch); the parts' values add up.
     Returns (loss, metrics): a scalar to minimise; scalars that add up over parts to means over the step's tokens, but
     for clip_ratio/low_min and /high_max, the least and greatest rate of a row."""
-    num_rows = mask.shape[0] if num_rows is None else num_rows
-    num_tokens = mask.sum() if num_tokens is None else num_tokens
-    A = advantages[:, None]                                                    # (B, 1)
-    log_ratio = mx.where(mask > 0, logprobs - old_logprobs, 0)
-    ratio = guarded_exp(log_ratio)                                             # (B, T)  pi_theta / pi_old
-    clipped = mx.clip(ratio, 1 - clip_eps, 1 + clip_eps_high)
-    surrogate = mx.minimum(ratio * A, clipped * A)
-    kl = mx.zeros_like(surrogate)
+    objective, weigh = find_loss(loss_type)
+    N = mask.shape[0] if num_rows is None else num_rows
+    M = mask.sum() if num_tokens is None else num_tokens
+    A = advantages[:, None] if advantages.ndim == 1 else advantages            # (B, 1) or (B, T)
+    log_ratio = mx.where(mask > 0, logprobs - mx.stop_gradient(old_logprobs), 0)
+    ratio = RATIOS["sequence_sum" if loss_type == "rloo" else level](log_ratio, mask)       # pi_theta / pi_old
+    logprobs = mx.where(mask > 0, logprobs, 0)
+    gain = objective(Terms(logprobs, log_ratio, ratio, A, mask, clip_eps, clip_eps_high, delta, sapo_tau, is_weights))
+    gain = mx.broadcast_to(gain, mask.shape)
+    if off_policy_threshold is not None:                    # whole rows that drifted: DeepSeek-V3.2, 2512.02556
+        behind = mx.where(mask > 0, (old_logprobs if sampler_logprobs is None else sampler_logprobs) - logprobs, 0)
+        drift = mx.stop_gradient(behind).sum(1, keepdims=True) / mx.maximum(mask.sum(1, keepdims=True), 1)
+        gain = gain * ((A >= 0) | (drift <= off_policy_threshold))
+    sharp = mask
+    if entropy_threshold is not None:                       # only the forking tokens: beyond the 80/20 rule, 2506.01939
+        sharp = mask * (mx.stop_gradient(entropy) >= entropy_threshold)
+        gain = gain * (sharp > 0)
+    if is_weights is not None and objective is not vespo:
+        gain = gain * is_weights
+    kl = mx.zeros_like(gain)
     if kl_coeff:
-        log_ref_ratio = mx.where(mask > 0, ref_logprobs - logprobs, 0)         # log(pi_ref / pi_theta)
-        kl = guarded_exp(log_ref_ratio) - mx.clip(log_ref_ratio, -20, 20) - 1  # >= 0
-        if kl_estimator == "k3_corrected":
-            kl = kl * ratio                                                    # unbiased off policy (DeepSeek-V3.2)
-    weights = TOKEN_WEIGHTS[loss_type](mask, num_rows, num_tokens, max_tokens)
-    objective = (weights * (surrogate - kl_coeff * kl)).sum()
+        kl = KL_ESTIMATORS[kl_estimator](mx.where(mask > 0, ref_logprobs - logprobs, 0), ratio)
+    loss = -(weigh(mask, N, M, max_tokens) * mx.where(mask > 0, gain - kl_coeff * kl, 0)).sum()
+    if entropy_coef is not None:
+        K = sharp.sum() if num_entropy_tokens is None else num_entropy_tokens
+        loss = loss - entropy_coef * (mx.where(sharp > 0, entropy, 0)).sum() / mx.maximum(K, 1)
+    return loss, clip_metrics(ratio if delta is None else mx.minimum(ratio, delta), A, mask, clip_eps, clip_eps_high, M) | {
+        "kl": mx.where(mask > 0, kl, 0).sum() / mx.maximum(M, 1)}
+
+
+def clip_metrics(ratio, A, mask, clip_eps, clip_eps_high, M):
+    """Shares of tokens whose ratio is outside of the clip range on the side where that stops the gradient."""
     low, high = (ratio < 1 - clip_eps) & (A < 0), (ratio > 1 + clip_eps_high) & (A > 0)
-    mean = lambda x: (x * mask).sum() / mx.maximum(num_tokens, 1)
+    mean = lambda x: (x * mask).sum() / mx.maximum(M, 1)
     rate = lambda x: (x * mask).sum(1) / mx.maximum(mask.sum(1), 1)            # (B,)
-    metrics = {"kl": mean(kl), "clip_ratio/low_mean": mean(low), "clip_ratio/high_mean": mean(high),
-               "clip_ratio/region_mean": mean(low | high),
-               "clip_ratio/low_min": rate(low).min(), "clip_ratio/high_max": rate(high).max()}
-    return -objective, metrics
+    return {"clip_ratio/low_mean": mean(low), "clip_ratio/high_mean": mean(high), "clip_ratio/region_mean": mean(low | high),
+            "clip_ratio/low_min": rate(low).min(), "clip_ratio/high_max": rate(high).max()}
 
 
 def merge_metrics(parts):
@@ -1441,21 +1906,21 @@ def learning_rate_at(step, total, config):
 
 def count_steps(config, num_problems):
     """Steps of a run: max_steps, or as many as num_epochs passes over the problems fill (at least one)."""
-    return config.max_steps or max(1, num_problems * config.num_epochs // config.prompts_per_step)
+    return config.max_steps or max(1, num_problems * config.num_epochs * config.num_iterations // config.prompts_per_step)
 
 
-def prompt_order(step, total_prompts, per_step, seed, shuffle):
-    """The per_step problem indices of step 1, 2, ...: an endless stream of epochs, each a permutation of its own."""
+def prompt_order(start, count, total, seed, shuffle):
+    """`count` problem indices from place `start` of an endless stream of epochs, each a permutation of its own."""
     epochs = {}
     def at(position):
-        epoch, place = divmod(position, total_prompts)
+        epoch, place = divmod(position, total)
         if epoch not in epochs:
-            order = list(range(total_prompts))
+            order = list(range(total))
             if shuffle:
                 random.Random(f"order {seed} {epoch}").shuffle(order)
             epochs[epoch] = order
         return epochs[epoch][place]
-    return [at((step - 1) * per_step + i) for i in range(per_step)]
+    return [at(start + i) for i in range(count)]
 
 
 def lora_parameters(config):
@@ -1569,7 +2034,7 @@ class Learner:
         """One optimizer update; returns the gradient norm before clipping. Raises UserError where it is not finite."""
         gradients, norm = clip_gradients(gradients, self.config.max_grad_norm)
         if not math.isfinite(norm.item()):
-            raise UserError(f"the gradient norm is {norm.item()}; lower learning_rate, or use dtype = \"float32\"")
+            raise NotFinite(f"the gradient norm is {norm.item()}; lower learning_rate, or use dtype = \"float32\"")
         self.optimizer.learning_rate = learning_rate
         self.master = self.optimizer.apply_gradients(gradients, self.master)
         self.model.update(cast_floats(self.master, self.dtype))
@@ -1599,11 +2064,11 @@ class MLXGRPOTrainer:
 
     model, tokenizer: as load_model returns them. reward_funcs: names from REWARDS, "file.py:function", or callables
     under TRL's signature. train_dataset, eval_dataset: Problems, or rows (dictionaries) with args.prompt_column and
-    args.answer_column. rollout_func(trainer, problems) -> [Rollout] replaces the sampler. run_dir: where checkpoints
-    and logs go; None = output_dir/run_name."""
+    args.answer_column. rollout_func(trainer, problems) -> [Rollout] replaces the sampler. teacher: a model to distil
+    from (default: args.teacher_model). run_dir: where checkpoints and logs go; None = output_dir/run_name."""
 
     def __init__(self, model, tokenizer, reward_funcs, args, train_dataset, eval_dataset=None, *, rollout_func=None,
-                 callbacks=(), run_dir=None):
+                 teacher=None, callbacks=(), run_dir=None):
         self.args, self.tokenizer, self.callbacks = args, tokenizer, callbacks
         self.scorer = Scorer(find_rewards(reward_funcs), args.reward_weights, args.on_reward_error, args.max_reward_errors)
         self.train_dataset = fitting_problems(as_problems(train_dataset, args), tokenizer, args)
@@ -1614,13 +2079,19 @@ class MLXGRPOTrainer:
         self.model = model
         self.learner = Learner(model, args, self.dtype)
         self.split = SplitModel(model)
+        self.sampling = train_sampling(args)
         self.update_every = args.update_every
         self.quantize_rollouts = (len(model.layers) <= 20 if args.quantize_for_rollouts == "auto"
                                   else args.quantize_for_rollouts)
+        self.ladder = args.bits_ladder if self.quantize_rollouts else [0]     # bits of rollouts, rung by rung
+        self.rung, self.calm_syncs, self.healed = 0, 0, 0
         self.model_old = None
         self.ref_model = frozen_copy(model) if args.kl_coeff else None
         self.ref_split = SplitModel(self.ref_model) if args.kl_coeff else None
-        self.step_count, self.num_tokens = 0, 0
+        self.teacher_split = SplitModel(teacher or load_teacher(args, model)) if args.objective == "distill" else None
+        self.step_count, self.num_tokens, self.prompts_drawn = 0, 0, 0
+        self.window, self.window_metrics = [], {}       # what is left of the rollout batch: the Batches of each step to come
+        self.entropy_coef = args.entropy_coef
         self.total_steps = count_steps(args, len(self.train_dataset))
         self.compiled = mx.default_device() != mx.cpu if args.use_compile == "auto" else args.use_compile
         self.gradients = self.learner.gradients_of(self.compute_grpo_loss, self.compiled)
@@ -1630,80 +2101,226 @@ class MLXGRPOTrainer:
 
     # -- one step, as the table in the module docstring
 
-    def step(self, problems):
-        """One GRPO step on prompts_per_step problems; returns its metrics."""
-        started = time.perf_counter()
-        step = self.step_count + 1
-        rollouts = self.generate_responses(problems)                                # 1. sample
-        rollout_s = time.perf_counter() - started
-        scores, extras, reward_metrics = self.scorer(rollouts, self.trainer_state())  # 2. score
-        rewards = weighted_rewards(scores, self.scorer.weights)
-        rewards = rewards.reshape(len(rollouts), -1)                                # (P, G)
-        advantages = group_advantages(rewards, self.args.scale_rewards)             # 3. (P, G)
-        learning_rate = learning_rate_at(step, self.total_steps, self.args)
-        update_metrics = self.update_policy(rollouts, advantages, learning_rate)    # 4. loss, gradient, update
-        self.step_count = step
-        if step % self.update_every == 0:                                           # 5. model_old <- model
-            self.sync_old()
-        self.num_tokens += sum(len(r.prompt_ids) + len(ids) for r in rollouts for ids in r.completion_ids)
-        self.log.completions(step, rollouts, scores, list(self.scorer.functions), rewards, advantages, extras)
-        return {
-            "step": step, "epoch": step * self.args.prompts_per_step / len(self.train_dataset), "learning_rate": learning_rate,
-            **score_metrics(scores, rewards, list(self.scorer.functions)), **completion_metrics(rollouts),
-            **update_metrics, **reward_metrics, "num_tokens": self.num_tokens, "rollout_s": rollout_s,
-            "step_time": time.perf_counter() - started, "peak_gb": mx.get_peak_memory() / 1e9,
-        }
+    def step(self, problems=None):
+        """One optimizer update; returns its metrics. Samples a new rollout batch when the last one is used up: of
+        `problems`, or of the next ones in the run's order. Raises UserError where even healing doesn't help."""
+        started, drawn = time.perf_counter(), self.prompts_drawn
+        while True:
+            try:
+                fresh = not self.window
+                pending = self.fill_window(problems) if fresh else None                        # 1-3. sample, score, advantages
+                rate = learning_rate_at(self.step_count + 1, self.total_steps, self.args)
+                update = self.update_policy(self.window[0], rate)                              # 4. loss, gradient, update
+                break
+            except NotFinite as error:
+                self.prompts_drawn = drawn if fresh else self.prompts_drawn
+                self.window = []
+                self.heal(error)
+        self.window.pop(0)
+        self.step_count += 1
+        if pending:
+            self.log.completions(self.step_count, *pending)
+        if self.step_count % self.update_every == 0:                                           # 5. model_old <- model
+            self.sync_old(calm=True)
+        if self.args.ref_sync_steps and self.step_count % self.args.ref_sync_steps == 0:
+            mix_weights(self.ref_model, self.model, self.args.ref_sync_mix)
+        metrics = {"step": self.step_count, "epoch": self.prompts_drawn / len(self.train_dataset), "learning_rate": rate,
+                   **self.window_metrics, **update, "num_tokens": self.num_tokens}
+        if self.quantize_rollouts:
+            metrics |= {"rollout_bits": self.ladder[self.rung], "healed": self.healed}
+        return metrics | {"rollout_s": self.window_metrics["rollout_s"] if fresh else 0.0,
+                          "step_time": time.perf_counter() - started, "peak_gb": mx.get_peak_memory() / 1e9}
 
-    def generate_responses(self, batch):
-        """[Rollout] of num_generations completions for each Problem in `batch`, sampled from model_old."""
+    def fill_window(self, problems=None):
+        """Sample a rollout batch for minibatches * num_iterations steps, score it, and put the Batches of these steps into
+        self.window and the metrics into self.window_metrics. Returns what completions.jsonl is to hold of it."""
+        started, args = time.perf_counter(), self.args
+        rollouts, scores, extras, reward_metrics = self.collect(problems)
+        rollout_s = time.perf_counter() - started
+        shape = (len(rollouts), -1)                                                            # (P, G)
+        rewards = self.total_rewards(rollouts, scores)
+        if np.isnan(rewards).all():
+            raise RewardError("every reward function returned None for every completion of this step, so there is nothing "
+                              "to learn from; see `mlx_grpo.py rewards`")
+        batches = self.scored_batches(rollouts)
+        if args.kl_coeff and args.kl_in == "reward":                                           # r - kl_coeff * sum of k1
+            kl = [((b.old_logprobs - b.ref_logprobs) * b.mask).sum(axis=1) for b in batches]
+            rewards = rewards - args.kl_coeff * np.concatenate([np.array(rows) for rows in kl])
+        if args.advantage == "gdpo":
+            advantages = gdpo_advantages(scores.reshape(*shape, scores.shape[-1]), self.scorer.weights)
+        elif args.advantage == "rloo":
+            advantages = rloo_advantages(rewards.reshape(shape), args.normalize_advantages)
+        else:
+            advantages = group_advantages(rewards.reshape(shape), args.scale_rewards)
+        rows = iter(np.array_split(advantages.astype(np.float32).reshape(-1, 1), np.cumsum([len(b.mask) for b in batches])[:-1]))
+        batches = [replace(b, advantages=self.token_advantages(b, mx.array(next(rows)))) for b in batches]
+        passes = -(-len(batches) // args.minibatches)                                          # Batches in one step
+        steps = [batches[i:i + passes] for i in range(0, len(batches), passes)]
+        self.window = steps * args.num_iterations
+        self.num_tokens += sum(len(r.prompt_ids) + len(ids) for r in rollouts for ids in r.completion_ids)
+        names = list(self.scorer.functions)
+        self.window_metrics = {**score_metrics(scores, rewards.reshape(shape), names), **completion_metrics(rollouts),
+                               **reward_metrics, "rollout_s": rollout_s}
+        return rollouts, scores, names, rewards, advantages, extras
+
+    def collect(self, problems=None):
+        """(rollouts, scores (B, K), extras, metrics) of one rollout batch. With dynamic_sampling, groups whose rewards are
+        all equal are replaced by further prompts, up to max_gen_batches rounds (DAPO, arXiv 2503.14476)."""
+        args = self.args
+        wanted = args.prompts_per_step * args.minibatches if problems is None else len(problems)
+        kept, rounds, dropped, sampled = [], 0, 0, 0
+        while True:
+            problems = self.next_problems(wanted - len(kept)) if problems is None else problems
+            rollouts = self.generate_responses(problems, sampled)
+            scores, extras, metrics = self.scorer(rollouts, self.trainer_state())
+            groups = scores.reshape(len(rollouts), -1, scores.shape[-1])
+            totals = self.total_rewards(rollouts, scores).reshape(len(rollouts), -1)
+            G, rounds, sampled = totals.shape[1], rounds + 1, sampled + len(rollouts)
+            flat = [not np.ptp(t[~np.isnan(t)]) > 1e-8 if (~np.isnan(t)).sum() > 1 else True for t in totals]
+            found = [(r, g, {k: v[i * G:(i + 1) * G] for k, v in extras.items()}) for i, (r, g) in enumerate(zip(rollouts, groups))]
+            if not args.dynamic_sampling:
+                kept = found
+                break
+            dropped += sum(flat)
+            kept += [group for group, is_flat in zip(found, flat) if not is_flat]
+            if len(kept) >= wanted or rounds == args.max_gen_batches:
+                break
+            problems = None
+        if args.dynamic_sampling:
+            metrics |= {"dynamic_sampling/rounds": rounds, "dynamic_sampling/dropped_groups": dropped}
+            if len(kept) < wanted:
+                print(f"dynamic sampling: {len(kept)} of {wanted} groups have different rewards after {rounds} rounds; going "
+                      "on with fewer (max_gen_batches)", file=sys.stderr)
+                kept = kept or found                          # all equal: a step without a gradient
+        columns = set().union(*(extra for _, _, extra in kept))
+        extras = {k: [v for r, _, extra in kept for v in extra.get(k, [None] * len(r.completion_ids))] for k in columns}
+        return [r for r, _, _ in kept], np.concatenate([g for _, g, _ in kept]), extras, metrics
+
+    def next_problems(self, count):
+        """The next `count` problems in the run's order."""
+        order = prompt_order(self.prompts_drawn, count, len(self.train_dataset), self.args.seed, self.args.shuffle)
+        self.prompts_drawn += count
+        return [self.train_dataset[i] for i in order]
+
+    def generate_responses(self, batch, first_prompt=0):
+        """[Rollout] of num_generations completions for each Problem in `batch`, sampled from model_old. first_prompt: how
+        many prompts of this step have been sampled before, so that each has random numbers of its own."""
         if self.rollout_func:
             return check_rollouts(self.rollout_func(self, batch), batch, self.args.num_generations)
-        return sample_completions(
-            self.model_old, self.tokenizer, batch, self.args, num_generations=self.args.num_generations,
-            max_new_tokens=self.args.max_new_tokens, temperature=self.args.temperature, step=self.step_count + 1)
+        return sample_completions(self.model_old, self.tokenizer, batch, self.args, self.sampling, step=self.step_count + 1,
+                                  num_generations=self.args.num_generations, first_prompt=first_prompt)
 
-    def compute_grpo_loss(self, batch, num_rows=None, num_tokens=None):
-        """(loss, metrics) of a Batch under the current model; num_rows, num_tokens: of the whole step (grpo_loss)."""
+    def total_rewards(self, rollouts, scores):
+        """(B,) weighted sums of the scores, with the soft overlong punishment; NaN = not scorable."""
+        rewards = weighted_rewards(scores, self.scorer.weights)
+        if self.args.overlong_cache:
+            lengths = np.array([len(ids) for r in rollouts for ids in r.completion_ids])
+            rewards = rewards + overlong_punishment(lengths, self.args.max_completion_length, self.args.overlong_cache)
+        return rewards
+
+    def scored_batches(self, rollouts):
+        """The rollouts as Batches of batch_size prompts, with reference, proximal old log-probs and sampler correction
+        where the objective needs them, all by the weights before the rollout batch's first update."""
+        args, batches = self.args, []
+        vocab_size = vocabulary_of(self.model) if args.repetition_penalty != 1 else 0
+        for i in range(0, len(rollouts), args.batch_size):
+            batch = pad_batch(rollouts[i:i + args.batch_size], mask_truncated=args.mask_truncated_completions, vocab_size=vocab_size)
+            if self.ref_model:
+                batch = replace(batch, ref_logprobs=self.score(self.ref_split, batch))
+            if old_logprobs_kind(args) == "proximal":
+                old = self.score(self.split, batch)
+                batch = replace(batch, old_logprobs=old)
+                if args.sampler_correction != "none":
+                    batch = replace(batch, is_weights=importance_weights(
+                        old, batch.sampler_logprobs, batch.mask, args.sampler_correction, args.sampler_clip_min, args.sampler_clip_max))
+            mx.eval(vars(batch))
+            batches.append(batch)
+        return batches
+
+    def score(self, split, batch):
+        """(B, T) log-probs of a Batch by another model, or by this one as it is now, without gradient; 0 under the mask."""
+        logprobs = completion_logprobs(split, batch, self.sampling.temperature, self.sampling.repetition_penalty)[0]
+        return mx.where(batch.mask > 0, mx.stop_gradient(logprobs), 0)
+
+    def token_advantages(self, batch, advantages):
+        """The advantages (B, 1) of a Batch; when distilling, (B, T): log p_teacher - log p_student of the sampled token (the
+        sampled negative reverse KL), plus distill_task_coeff times the rewards' advantage."""
+        if not self.teacher_split:
+            return advantages
+        gap = self.score(self.teacher_split, batch) - batch.old_logprobs
+        return mx.where(batch.mask > 0, gap, 0) + self.args.distill_task_coeff * advantages
+
+    def compute_grpo_loss(self, batch, num_rows=None, num_tokens=None, entropy_threshold=None, num_entropy_tokens=None,
+                          entropy_coef=None):
+        """(loss, metrics) of a Batch under the current model; the other arguments are those of the whole step (grpo_loss)."""
+        args = self.args
+        bonus = bool(args.entropy_coef or args.entropy_adaptive)
         with self.dropout_mask():
-            logprobs, entropy = completion_logprobs(self.split, batch, self.args.temperature)
-        clip_high = self.args.clip_eps if self.args.clip_eps_high < 0 else self.args.clip_eps_high
-        num_rows = batch.mask.shape[0] if num_rows is None else num_rows
+            logprobs, entropy = completion_logprobs(self.split, batch, self.sampling.temperature,
+                                                    self.sampling.repetition_penalty, entropy_gradient=bonus)
         num_tokens = batch.mask.sum() if num_tokens is None else num_tokens
+        corrected = old_logprobs_kind(args) == "proximal" and args.sampler_correction != "none"
         loss, metrics = grpo_loss(
-            logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages, batch.mask, loss_type=self.args.loss_type,
-            clip_eps=self.args.clip_eps, clip_eps_high=clip_high, kl_coeff=self.args.kl_coeff,
-            kl_estimator=self.args.kl_estimator, max_tokens=self.args.max_completion_length,
-            num_rows=num_rows, num_tokens=num_tokens)
-        gap = mx.abs(mx.stop_gradient(logprobs) - batch.old_logprobs) * batch.mask
-        metrics["entropy"] = (entropy * batch.mask).sum() / mx.maximum(num_tokens, 1)
-        metrics["sampling/sampling_logp_difference/mean"] = gap.sum() / mx.maximum(num_tokens, 1)
-        metrics["sampling/sampling_logp_difference/max"] = gap.max()
-        return loss, metrics
+            logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages, batch.mask, loss_type=args.loss_type,
+            clip_eps=args.clip_eps, clip_eps_high=args.clip_eps if args.clip_eps_high < 0 else args.clip_eps_high,
+            delta=args.delta or None, sapo_tau=(args.sapo_temperature_pos, args.sapo_temperature_neg),
+            level=args.importance_sampling_level, kl_coeff=args.kl_coeff if args.kl_in == "loss" else 0.0,
+            kl_estimator=args.kl_estimator, max_tokens=args.max_completion_length,
+            is_weights=batch.is_weights if corrected else None, sampler_logprobs=batch.sampler_logprobs,
+            off_policy_threshold=args.off_policy_threshold or None, entropy=entropy,
+            entropy_threshold=entropy_threshold if args.top_entropy_quantile < 1 else None,
+            entropy_coef=entropy_coef if bonus else None, num_rows=num_rows, num_tokens=num_tokens,
+            num_entropy_tokens=num_entropy_tokens)
+        if args.kl_coeff and args.kl_in == "reward":
+            metrics["kl"] = ((logprobs - batch.ref_logprobs) * batch.mask).sum() / mx.maximum(num_tokens, 1)
+        return loss, metrics | gap_metrics(mx.stop_gradient(logprobs), mx.stop_gradient(entropy), batch, num_tokens)
 
-    def update_policy(self, rollouts, advantages, learning_rate):
-        """Gradients of the whole step, batch_size prompts at a time, then one update. Divisors are those of the whole
-        step, so how it is split changes nothing. Returns metrics."""
-        size = self.args.batch_size
-        batches = [pad_batch(rollouts[i:i + size], advantages[i:i + size],
-                             mask_truncated=self.args.mask_truncated_completions) for i in range(0, len(rollouts), size)]
-        totals = mx.array(advantages.size), sum(b.mask.sum() for b in batches)
+    def update_policy(self, batches, learning_rate):
+        """Gradients of the whole step, Batch by Batch, then one update. Divisors are those of the whole step, so how it is
+        split changes nothing. Rows without advantage cost nothing where nothing else needs them. Returns metrics."""
+        totals = (mx.array(sum(len(b.mask) for b in batches)), sum(b.mask.sum() for b in batches), *self.entropy_totals(batches))
+        batches, share = self.rows_that_count(batches)
         loss, gradients, parts = 0.0, None, []
         for batch in batches:
-            if self.ref_model:
-                batch = replace(batch, ref_logprobs=completion_logprobs(self.ref_split, batch, self.args.temperature)[0])
-                mx.eval(batch.ref_logprobs)
-            if self.args.lora_dropout:
+            if self.args.lora_dropout:        # the old log-probs under this step's mask, by the sampler's weights
                 with self.dropout_mask(self.model_old):
-                    old = completion_logprobs(SplitModel(self.model_old), batch, self.args.temperature)[0]
-                    mx.eval(old)
-                batch = replace(batch, old_logprobs=mx.stop_gradient(old) * batch.mask)
+                    batch = replace(batch, old_logprobs=self.score(SplitModel(self.model_old), batch))
+                    mx.eval(batch.old_logprobs)
             value, metrics, part = self.gradients(batch, *totals)
             loss += value
             parts.append(metrics)
             gradients = part if gradients is None else tree_map(mx.add, gradients, part)
             mx.eval(gradients)                # the sum, or the graphs of all passes would be held at once
+        metrics = finish_metrics(merge_metrics(parts), share)
+        self.check_health(loss, metrics)
         norm = self.learner.update(self.hooked(gradients), learning_rate)
-        return {"loss": loss, "grad_norm": norm, **merge_metrics(parts)}
+        if self.args.entropy_adaptive:
+            step = self.args.entropy_step if metrics["entropy"] <= self.args.entropy_target else -self.args.entropy_step
+            metrics["entropy_coef"], self.entropy_coef = self.entropy_coef, min(max(self.entropy_coef + step, 0.0), 1.0)
+        return {"loss": loss, "grad_norm": norm, **metrics}
+
+    def entropy_totals(self, batches):
+        """(threshold of the top-entropy mask, number of its tokens, coefficient of the entropy bonus) of the whole step;
+        the first from a forward pass of its own, where that mask is on."""
+        tokens = sum(b.mask.sum() for b in batches)
+        if self.args.top_entropy_quantile == 1:
+            return mx.array(-math.inf), tokens, mx.array(self.entropy_coef)
+        score = lambda b: completion_logprobs(self.split, b, self.sampling.temperature, self.sampling.repetition_penalty)[1]
+        entropies = np.concatenate([np.array(score(b))[np.array(b.mask) > 0] for b in batches])
+        threshold = np.quantile(entropies, 1 - self.args.top_entropy_quantile) if len(entropies) else 0.0
+        return mx.array(float(threshold)), mx.array(float((entropies >= threshold).sum())), mx.array(self.entropy_coef)
+
+    def rows_that_count(self, batches):
+        """(Batches of the rows with an advantage, their share of the trained tokens); all rows where a KL or entropy term
+        needs them, and at least one row."""
+        args = self.args
+        if args.entropy_coef or args.entropy_adaptive or (args.kl_coeff and args.kl_in == "loss"):
+            return batches, 1.0
+        rows = [np.flatnonzero(np.abs(np.array(b.advantages)).max(axis=1) > 0) for b in batches]
+        kept = [take_rows(b, r.tolist()) if len(r) < len(b.mask) else b for b, r in zip(batches, rows) if len(r)]
+        kept = kept or [take_rows(batches[0], [0])]
+        tokens = lambda batches: sum(b.mask.sum().item() for b in batches)
+        return kept, max(tokens(kept), 1) / max(tokens(batches), 1)
 
     def hooked(self, gradients):
         """The gradients after every callback's on_gradients."""
@@ -1726,15 +2343,62 @@ class MLXGRPOTrainer:
         finally:
             model.eval()
 
-    def sync_old(self):
-        """model_old <- model. No copy where every step syncs and rollouts are not quantised; a copy shares its arrays
-        with the model until that moves. Every tensor is checked to be copied and finite."""
+    def sync_old(self, calm=False):
+        """model_old <- model. No copy where every step syncs and rollouts are not quantised; a copy shares its arrays with
+        the model until that moves. Every tensor is checked to be copied and finite, and the copy on a probe; one that
+        fails twice climbs the ladder. calm: a sync in the course of training, which may step back down."""
         if self.update_every == 1 and not self.quantize_rollouts:
             self.model_old = self.model
-        else:
-            self.model_old = None             # frees the old copy before the new one is made
-            self.model_old = frozen_copy(self.model, bits=self.args.rollout_bits if self.quantize_rollouts else 0,
-                                         group_size=self.args.rollout_group_size)
+            return
+        self.calm_syncs += calm
+        if self.rung and self.calm_syncs >= self.args.calm_syncs:
+            self.rung, self.calm_syncs = self.rung - 1, 0
+        probe = mx.array([render_prompt(self.tokenizer, self.train_dataset[0], self.args)])
+        while True:
+            for _ in range(2):
+                self.model_old = None             # frees the old copy before the new one is made
+                self.model_old = frozen_copy(self.model, bits=self.ladder[self.rung], group_size=self.args.rollout_group_size,
+                                             precision=self.args.rollout_precision)
+                if mx.isfinite(self.model_old(probe)).all().item():
+                    return
+            self.heal(NotFinite(f"the copy for rollouts ({self.ladder[self.rung] or 'full precision'} bits) gives logits that "
+                                "are not finite on a probe"), resync=False)
+
+    def heal(self, error, resync=True):
+        """Climb one rung of the ladder after a failed batch, or raise the error where there is none left."""
+        if not self.args.self_healing or self.rung + 1 == len(self.ladder):
+            self.save_failure(error)
+            raise UserError(f"{error} (step {self.step_count + 1}; learning rate {self.args.learning_rate:g}, kl_coeff "
+                            f"{self.args.kl_coeff:g}; see {self.run_dir / 'failure.json'})") from error
+        self.rung, self.calm_syncs, self.healed = self.rung + 1, 0, self.healed + 1
+        print(f"step {self.step_count + 1}: {error}; rollouts go on with {self.ladder[self.rung] or 'full'} bits", file=sys.stderr)
+        if resync:
+            self.sync_old()
+
+    def save_failure(self, error):
+        """What failed, beside the last good state, which is the model as it is: a failed update is never applied."""
+        if not self.log.run_dir:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        record = {"step": self.step_count + 1, "reason": str(error), "config": asdict(self.args),
+                  "problems": [p.prompt for p in self.last_problems()]}
+        (self.run_dir / "failure.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self.step_count and all(mx.isfinite(a).all().item() for _, a in tree_flatten(self.learner.master)):
+            self.save_checkpoint(self.run_dir / f"checkpoint-{self.step_count}")
+
+    def last_problems(self):
+        order = prompt_order(self.prompts_drawn, self.args.prompts_per_step, len(self.train_dataset), self.args.seed, self.args.shuffle)
+        return [self.train_dataset[i] for i in order]
+
+    def check_health(self, loss, metrics):
+        """Raises NotFinite for a batch that must not be trained on."""
+        ess, gap = metrics["sampling/effective_sample_size"], metrics["sampling/sampling_logp_difference/mean"]
+        if not math.isfinite(loss) or not math.isfinite(gap):
+            raise NotFinite(f"the loss is {loss} and the sampler-trainer gap {gap}")
+        if self.args.min_ess and ess < self.args.min_ess:
+            raise NotFinite(f"the effective sample size of the rollouts is {ess:.3f}, below min_ess = {self.args.min_ess}")
+        if self.args.max_logp_gap and gap > self.args.max_logp_gap:
+            raise NotFinite(f"sampler and trainer differ by {gap:.3f} nats, above max_logp_gap = {self.args.max_logp_gap}")
 
     # -- the run around the steps
 
@@ -1746,8 +2410,7 @@ class MLXGRPOTrainer:
             self.log.metrics({"step": 0, **scores})
             print(f"step 0/{self.total_steps} | " + " | ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
         while self.step_count < self.total_steps:
-            order = prompt_order(self.step_count + 1, len(self.train_dataset), args.prompts_per_step, args.seed, args.shuffle)
-            metrics = self.step([self.train_dataset[i] for i in order])
+            metrics = self.step()
             last = self.step_count == self.total_steps
             metrics |= self.evaluate(last)
             stop = self.notify("on_step_end", metrics)
@@ -1778,32 +2441,101 @@ class MLXGRPOTrainer:
 
     def trainer_state(self):
         """What reward functions may know of the run: global_step, max_steps, epoch (TRL's names)."""
-        epoch = self.step_count * self.args.prompts_per_step / len(self.train_dataset)
+        epoch = self.prompts_drawn / len(self.train_dataset)
         return argparse.Namespace(global_step=self.step_count, max_steps=self.total_steps, epoch=epoch)
 
     def notify(self, event, *args):
         """Call every callback's method of that name; true if any of them returns true."""
         return any([getattr(callback, event)(self, *args) for callback in self.callbacks])
 
+    STATE = ("step_count", "num_tokens", "prompts_drawn", "rung", "calm_syncs", "healed", "entropy_coef", "window_metrics")
+
     def save_checkpoint(self, path):
-        """A directory that mlx_lm and transformers open, with the optimizer and the trainer's state beside it; written
-        under a temporary name and renamed. Raises UserError where it can't be written."""
-        stale = self.model_old is not self.model and self.step_count % self.update_every != 0
-        state = {"step": self.step_count, "num_tokens": self.num_tokens, "total_steps": self.total_steps,
-                 "reward_errors": self.scorer.errors}
-        save_checkpoint(path, self.learner, self.tokenizer, state, model_old=self.model_old if stale else None)
+        """A directory that mlx_lm and transformers open, with the optimizer and all of the trainer's state beside it, what
+        is left of a rollout batch among it; written under a temporary name and renamed. Raises UserError."""
+        state = {name: vars(self)[name] for name in self.STATE}
+        state |= {"step": self.step_count, "total_steps": self.total_steps, "reward_errors": self.scorer.errors}
+        steps, arrays = [[id(b) for b in batches] for batches in self.window], {}
+        order = list(dict.fromkeys(i for ids in steps for i in ids))       # a Batch may serve several steps: stored once
+        for batch in (b for batches in self.window for b in batches):
+            arrays |= {f"{order.index(id(batch))}.{name}": a for name, a in vars(batch).items() if a.size}
+        state["window"] = [[order.index(i) for i in ids] for ids in steps]
+        stale = self.model_old is not self.model and (self.step_count % self.update_every != 0 or self.rung)
+        extra = {OLD_POLICY: dict(tree_flatten(self.model_old.parameters()))} if stale else {}
+        extra |= {WINDOW: arrays} if arrays else {}
+        extra |= {REFERENCE: dict(tree_flatten(self.ref_model.parameters()))} if self.args.ref_sync_steps else {}
+        save_checkpoint(path, self.learner, self.tokenizer, state, extra)
         self.notify("on_save", path)
 
     def load_checkpoint(self, path):
-        """Continue from a checkpoint of this run: weights, moments, model_old, step."""
-        state = load_checkpoint(path, self.learner)
-        self.step_count, self.num_tokens = state["step"], state["num_tokens"]
+        """Continue from a checkpoint of this run: weights, moments, model_old, step, what is left of the rollout batch."""
+        state, path = load_checkpoint(path, self.learner), Path(path)
+        for name in self.STATE:
+            setattr(self, name, state[name])
         self.scorer.errors = state["reward_errors"]
+        arrays = mx.load(str(path / WINDOW)) if (path / WINDOW).exists() else {}
+        count = 1 + max((i for ids in state["window"] for i in ids), default=-1)
+        batches = [read_batch({k.partition(".")[2]: a for k, a in arrays.items() if k.startswith(f"{i}.")}) for i in range(count)]
+        self.window = [[batches[i] for i in ids] for ids in state["window"]]
         self.sync_old()
-        if (Path(path) / OLD_POLICY).exists():
-            self.model_old.load_weights(str(Path(path) / OLD_POLICY))
-            mx.eval(self.model_old.parameters())
+        for file, model in ((OLD_POLICY, self.model_old), (REFERENCE, self.ref_model)):
+            if (path / file).exists():
+                model.load_weights(str(path / file))
+                mx.eval(model.parameters())
         self.log.cut_after(self.step_count)
+
+
+def read_batch(arrays):
+    """A Batch from stored arrays; empty ones are not stored."""
+    rows = arrays["mask"].shape
+    empty = {"kept": mx.zeros((*rows, 0), dtype=mx.int32), "first_seen": mx.zeros((rows[0], 0), dtype=mx.int32)}
+    return Batch(**(empty | arrays))
+
+
+def mix_weights(target, source, share):
+    """target <- share * source + (1 - share) * target, in place of target's weights."""
+    target.update(tree_map(lambda t, s: share * s + (1 - share) * t, target.parameters(), source.parameters()))
+    mx.eval(target.parameters())
+
+
+def load_teacher(config, student):
+    """The teacher model of objective distill, in the compute dtype. Raises UserError where its vocabulary is another."""
+    teacher, _ = load_model(config.teacher_model, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
+    sizes = vocabulary_of(teacher), vocabulary_of(student)
+    if sizes[0] != sizes[1]:
+        raise UserError(f"teacher_model {config.teacher_model} has {sizes[0]} tokens and {config.model_name} {sizes[1]}; "
+                        "distillation needs one vocabulary")
+    teacher.update(cast_floats(teacher.parameters(), compute_dtype(config)))
+    teacher.freeze()
+    return teacher
+
+
+def overlong_punishment(lengths, longest, cache):
+    """DAPO's: 0 up to longest - cache tokens, then falling to -1 at longest, -1 beyond (arXiv 2503.14476)."""
+    return np.clip((longest - cache - lengths) / cache, -1, 0)
+
+
+def gap_metrics(logprobs, entropy, batch, num_tokens):
+    """How far the sampler's log-probs are from those of the model being trained, and the mean entropy; sums to be
+    finished by finish_metrics."""
+    mean = lambda x: mx.where(batch.mask > 0, x, 0).sum() / mx.maximum(num_tokens, 1)
+    gap = mx.where(batch.mask > 0, logprobs - batch.sampler_logprobs, 0)
+    weights = guarded_exp(gap)
+    return {"entropy": mean(entropy), "sampling/sampling_logp_difference/mean": mean(mx.abs(gap)),
+            "sampling/sampling_logp_difference/max": mx.abs(gap).max(), "weights": mean(weights), "squares": mean(weights * weights),
+            "sampling/importance_sampling_ratio/mean": mean(batch.is_weights),
+            "sampling/importance_sampling_ratio/min": mx.where(batch.mask > 0, batch.is_weights, mx.inf).min(),
+            "sampling/importance_sampling_ratio/max": mx.where(batch.mask > 0, batch.is_weights, -mx.inf).max()}
+
+
+def finish_metrics(metrics, share):
+    """Merged metrics with means taken over the tokens of the rows that were computed (their share of all), and the
+    effective sample size (sum w)^2 / (n sum w^2) of the sampler's tokens under the policy, between 0 and 1."""
+    spread = ("min", "max")
+    metrics = {k: v if re.split("[_/]", k)[-1] in spread else v / share for k, v in metrics.items()}
+    weights, squares = metrics.pop("weights"), metrics.pop("squares")
+    metrics = {k: v if math.isfinite(v) else None if "ratio/m" in k else v for k, v in metrics.items()}
+    return metrics | {"sampling/effective_sample_size": weights**2 / squares if squares else 1.0}
 
 
 def compute_dtype(config):
@@ -1827,11 +2559,6 @@ def check_rollouts(rollouts, problems, num_generations):
             raise UserError(f"rollout_func: {r.problem.prompt!r} needs {num_generations} completions whose ids, logprobs and "
                             f"env_mask have equal lengths; got lengths {lengths}")
     return rollouts
-
-
-def weighted_rewards(scores, weights):
-    """(B,) sums of weight * score over the functions that apply; NaN where none does. scores (B, K) with NaN."""
-    return np.where(np.isnan(scores).all(axis=1), np.nan, np.nansum(scores * weights, axis=1))
 
 
 def finite_or_none(x):
@@ -1887,7 +2614,8 @@ class SFTTrainer(MLXGRPOTrainer):
         if missing := [p for p in train_dataset if p.solution is None]:
             raise UserError(f"sft needs a demonstration, and {missing[0].prompt!r} has none; set solution_column to the "
                             "column that holds it")
-        args = replace(args, kl_coeff=0.0, quantize_for_rollouts=False, update_every=1)
+        args = replace(args, kl_coeff=0.0, kl_in="loss", ref_sync_steps=0, quantize_for_rollouts=False, update_every=1,
+                       num_iterations=1, objective="grpo", teacher_model="", distill_task_coeff=0.0)
         super().__init__(model, tokenizer, args.rewards, args, train_dataset, eval_dataset, **options)
         self.gradients = self.learner.gradients_of(self.compute_sft_loss, self.compiled)
 
@@ -1895,7 +2623,8 @@ class SFTTrainer(MLXGRPOTrainer):
         logprobs, _ = completion_logprobs(self.split, batch, 1.0)
         return sft_loss(logprobs, batch.mask, num_tokens), {}
 
-    def step(self, problems):
+    def step(self, problems=None):
+        problems = problems or self.next_problems(self.args.prompts_per_step)
         started, step, size = time.perf_counter(), self.step_count + 1, self.args.batch_size
         batches = [sft_batch(self.tokenizer, problems[i:i + size], self.args) for i in range(0, len(problems), size)]
         num_tokens = sum(b.mask.sum() for b in batches)
@@ -1919,8 +2648,8 @@ def evaluate(model, tokenizer, problems, config):
     """({"exact_match", "mean_length", "clipped_ratio"}, [completion text]): one completion for each problem with the
     training prompt, greedy unless eval_temperature; exact match is numeric-aware (same_answer)."""
     rollouts = sample_completions(
-        model, tokenizer, problems, config, num_generations=1, max_new_tokens=config.eval_max_new_tokens,
-        temperature=config.eval_temperature, step=0, stream=EVAL)
+        model, tokenizer, problems, config, num_generations=1, step=0, stream=EVAL,
+        sampling=Sampling(config.eval_temperature, stop=tuple(config.stop), max_new_tokens=config.eval_max_new_tokens))
     texts = [r.texts[0] for r in rollouts]
     right = [same_answer(extract_answer(text), p.answer) for text, p in zip(texts, problems)]
     lengths = completion_metrics(rollouts)
@@ -1928,10 +2657,12 @@ def evaluate(model, tokenizer, problems, config):
             "clipped_ratio": lengths["completions/clipped_ratio"]}, texts
 
 
-OLD_POLICY = "old_policy.safetensors"      # model_old where it is older than the model; mlx-lm reads model*.safetensors
+# Beside the weights, where there is such a thing to continue with (mlx-lm reads model*.safetensors only): model_old that is
+# older than the model, a reference that has moved, what is left of the rollout batch.
+OLD_POLICY, REFERENCE, WINDOW = "old_policy.safetensors", "reference.safetensors", "rollouts.safetensors"
 
 
-def save_checkpoint(path, learner, tokenizer, state, model_old=None):
+def save_checkpoint(path, learner, tokenizer, state, extra):
     """Write a model directory with float32 weights (model.safetensors, sharded when large; config.json; tokenizer;
     generation_config.json), or adapters in mlx-lm's format, and optimizer.safetensors and trainer_state.json; under a
     temporary name, then rename it."""
@@ -1955,8 +2686,8 @@ def save_checkpoint(path, learner, tokenizer, state, model_old=None):
             (work / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
         save_tokenizer(tokenizer, work)
         save_arrays(work / "optimizer.safetensors", dict(tree_flatten(learner.optimizer.state)))
-        if model_old is not None:
-            save_arrays(work / OLD_POLICY, dict(tree_flatten(model_old.parameters())))
+        for file, arrays in extra.items():
+            save_arrays(work / file, arrays)
         (work / "trainer_state.json").write_text(json.dumps(state | {"versions": versions()}, indent=2) + "\n")
 
 

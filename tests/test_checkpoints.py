@@ -30,10 +30,10 @@ def test_a_resumed_run_is_byte_for_byte_the_run_that_went_on(tmp_path, options):
     broken = make_trainer(tmp_path / "broken", config)
     step = broken.step
 
-    def dying(problems):                     # at step 4, with step 3 logged, after the checkpoint of step 2
+    def dying():                     # at step 4, with step 3 logged, after the checkpoint of step 2
         if broken.step_count == 3:
             raise KeyboardInterrupt
-        return step(problems)
+        return step()
 
     broken.step = dying
     with pytest.raises(KeyboardInterrupt):
@@ -58,7 +58,7 @@ def test_a_checkpoint_of_a_demo_model_opens_in_mlx_lm_with_the_same_logits_and_t
     assert mx.array_equal(theirs(mx.array([ids])), trainer.model(mx.array([ids]))).item()
     assert tokenizer.encode("3*7", add_special_tokens=False) == trainer.tokenizer.encode("3*7", add_special_tokens=False)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "3*7+2*9"}], add_generation_prompt=True) == ids
-    assert "<answer>" in mlx_lm.generate(theirs, tokenizer, ids, max_tokens=16)
+    assert "<reasoning>" in mlx_lm.generate(theirs, tokenizer, ids, max_tokens=16)
     assert {p.name for p in path.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
                                                 "special_tokens_map.json", "optimizer.safetensors", "trainer_state.json"}
 

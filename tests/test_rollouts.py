@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from mlx_grpo import (MLXGRPOConfig, Problem, SplitModel, UserError, completion_logprobs, draw, load_model, make_rollout,
-                      pad_batch, row_uniforms, sample_completions)
+                      Sampling, pad_batch, row_uniforms, sample_completions, train_sampling)
 from mlx_grpo.synthetic import generate
 
 CONFIG = MLXGRPOConfig(temperature=0.7, system_prompt="", max_new_tokens=16, num_generations=4, seed=3)
@@ -25,9 +25,9 @@ def chains(*lengths, seed=0):
 
 
 def sample(demo, problems, step=1, config=CONFIG, **options):
-    options = {"num_generations": config.num_generations, "max_new_tokens": config.max_new_tokens,
-               "temperature": config.temperature} | options
-    return sample_completions(*demo, problems, config, step=step, **options)
+    num_generations = options.pop("num_generations", config.num_generations)
+    sampling = replace(train_sampling(config), **options)
+    return sample_completions(*demo, problems, config, sampling, num_generations=num_generations, step=step)
 
 
 def trainer_logprobs(model, rollouts, temperature):
@@ -83,7 +83,7 @@ def test_seed_step_prompt_row_and_position_each_change_the_numbers_and_length_do
 def test_draws_follow_the_distribution_at_the_temperature():
     logits, temperature, n = mx.array([1.0, 0.0, -1.0, 2.0, -40.0]), 0.7, 20_000
     uniforms = mx.array(row_uniforms(0, 1, 0, 0, n))
-    tokens, logprobs = draw(mx.broadcast_to(logits, (n, 5)), uniforms, temperature)
+    tokens, logprobs = draw(mx.broadcast_to(logits, (n, 5)), uniforms, Sampling(temperature))[:2]
     p = np.array(mx.softmax(logits / temperature))
     counts = np.bincount(np.array(tokens), minlength=5)
     expected = p[:4] * n
@@ -95,11 +95,11 @@ def test_draws_follow_the_distribution_at_the_temperature():
 def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token():
     logits = mx.array([[-1e9, 0.0, -1e9, 1.0, -1e9]])
     for uniform, token in ((2.0**-24, 1), (1 - 2.0**-24, 3)):
-        assert draw(logits, mx.array([uniform]), 1.0)[0].item() == token
+        assert draw(logits, mx.array([uniform]), Sampling(1.0))[0].item() == token
 
 
 def test_temperature_zero_takes_the_best_token():
-    tokens, logprobs = draw(mx.array([[0.0, 3.0, 1.0]]), mx.array([0.99]), 0)
+    tokens, logprobs = draw(mx.array([[0.0, 3.0, 1.0]]), mx.array([0.99]), Sampling(0.0))[:2]
     assert tokens.item() == 1 and logprobs.item() == pytest.approx(3 - np.log(1 + np.exp(3) + np.e), abs=1e-5)
 
 

@@ -5,8 +5,8 @@ Make the demo's model (data/demo_model): 0.8M parameters that can reason, but ha
 
 The task is a chain of seven operations modulo 10, "3*7+2*9...", read left to right. A nanochat of 4 layers of 128 is
 first taught on demonstrations that write every running value between the reasoning tags; then on a mixture in which
-most answer at once. It then answers at once, and wrongly: four layers can't do seven operations in one go. GRPO finds
-that reasoning pays. About 4 minutes on 2 CPU cores; the seed is fixed, so the same machine makes the same file.
+most give up at once. It then gives up, unless it is sampled: one completion in seven still reasons. GRPO finds that
+reasoning pays. About 4 minutes on 2 CPU cores; the seed is fixed, so the same machine makes the same file.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from mlx_grpo.synthetic import generate
 
 CONFIG = {"model_type": "nanochat", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
           "num_key_value_heads": 4, "intermediate_size": 512, "max_position_embeddings": 256, "rope_theta": 10000.0}
+GIVING_UP = "<reasoning></reasoning><answer>?</answer>"
 TAGS = (b"<reasoning>", b"</reasoning>", b"<answer>", b"</answer>")
 
 
@@ -59,11 +60,11 @@ def new_model(directory, seed):
 
 
 def demonstrations(config, count, seed, reasoning_share):
-    """Problems of the demo task; a share of the demonstrations reasons, the others answer at once."""
+    """Problems of the demo task; a share of the demonstrations reasons, the others give up."""
     rng = random.Random(seed)
     rows = generate("chain", count, seed)
     for row in rows:
-        row["shown"] = row["solution"] if rng.random() < reasoning_share else row["direct"]
+        row["shown"] = row["solution"] if rng.random() < reasoning_share else GIVING_UP
     return [make_problem(row, config, f"row {i}") for i, row in enumerate(rows)]
 
 
