@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))   # runs from a plain c
 import mlx_grpo  # noqa: E402, F401  before mlx.core: finds the fast BLAS on Linux
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx_grpo import UserError, nanochat_checkpoint as checkpoint, nanochat_model, run_command  # noqa: E402
+from mlx_grpo import UserError, nanochat_folders, nanochat_model, nanochat_verify, run_command  # noqa: E402
+from mlx_grpo import nanochat_checkpoint as checkpoint  # noqa: E402
 from mlx_grpo.nanochat_checkpoint import write_json  # noqa: E402
 from mlx_grpo.files import atomic_directory, check_free_space, human_bytes, sha256  # noqa: E402
 from mlx_grpo.nanochat_tokenizer import BOS, EOS, special_token_ids, write_tokenizer  # noqa: E402
@@ -58,7 +59,8 @@ def download(repo, step, cache_dir):
                             "the connection, or `hf auth login` for a gated one") from error
         print(f"{repo}: the hub can't be reached, using the copy in the cache")
         return local
-    steps = {checkpoint.step_of(Path(name)): name for name in names if checkpoint.step_of(Path(name)) is not None}
+    steps = {nanochat_folders.step_of(Path(name)): name for name in names}
+    steps.pop(None, None)                                            # files of another kind
     if not steps or (step is not None and step not in steps):
         raise UserError(f"--repo {repo}: no model_<step>.pt" + (f" of step {step}" if step is not None else "") +
                         f" there (it has {', '.join(sorted(steps.values())) or 'none'})")
@@ -127,6 +129,9 @@ def write_weights(path, tensors, layout, mapping, dtype, quantization):
             for first in range(0, rows, band):
                 data = mx.array(tensor.numpy(first, min(first + band, rows)))
                 values = (data.view(mx.bfloat16) if tensor.dtype == "bfloat16" else data).astype(dtype)
+                if not mx.isfinite(values).all().item():
+                    raise UserError(f"{tensor.path}: {name} has numbers that are not finite as {str(dtype).split('.')[-1]}"
+                                    ": a diverged run, or too large for that --dtype")
                 if not mapping[name]["quantized"]:
                     file.write(new, first, to_numpy(values))
                     continue
@@ -188,7 +193,6 @@ def convert(files, output_dir, dtype="float32", quantization=None, logit_softcap
     print(f"{output_dir}: {human_bytes(bytes_out)} of weights in {dtype}"
           + (f", {quantization['bits']} bits in groups of {quantization['group_size']}" if quantization else ""))
     if verify:
-        from mlx_grpo import nanochat_verify
         packed = lambda name, shape: is_quantised(name, shape, quantization["group_size"])
         record["verification"] = nanochat_verify.verify(Path(output_dir), config, arch, tensors, encoding,
                                                         files.model.parent, mlx_dtype, packed)
@@ -259,23 +263,22 @@ def main(argv=None):
         to_pytorch(args.to_pytorch, args.output_dir or "models/nanochat-pytorch", args.step)
         return 0
     from huggingface_hub.constants import HF_HUB_CACHE
-    from mlx_grpo import nanochat_verify
     root = download(args.repo, args.step, args.cache_dir) if args.repo else args.cache_dir or HF_HUB_CACHE
     if not args.cache_dir and not Path(root).is_dir():
         raise UserError(f"no hub cache at {root} yet: name the checkpoint's folder with --cache-dir, or download one "
                         "with --repo sdobson/nanochat")
-    files = checkpoint.find_checkpoint(root, args.step, args.tokenizer)
-    verify = nanochat_verify.torch_is_there() if args.verify is None else args.verify
-    possible = nanochat_verify.torch_is_there() or nanochat_verify.stored_reference(files.model.parent)
-    if args.verify and not possible:
-        raise UserError("--verify needs torch (pip install torch), or nanochat's stored logits beside the checkpoint")
-    if args.verify is None and not verify:
-        print("not verified: torch isn't installed")
-    quantization = None
+    files = nanochat_folders.find_checkpoint(root, args.step, args.tokenizer)
+    dtype, quantization = args.dtype or "float32", None
     if args.quantize:
         quantization = {"group_size": args.group_size or 64, "bits": args.bits or 4, "mode": "affine"}
-    record = convert(files, args.output_dir or "models/nanochat-mlx", args.dtype or "float32", quantization,
-                     args.logit_softcap, args.repo, verify)
+    possible = nanochat_verify.can_verify(files.model.parent, reduced=dtype != "float32" or args.quantize)
+    if args.verify and not possible:
+        raise UserError("--verify needs torch (pip install torch); without it only float32 outputs are compared, with "
+                        "nanochat's stored logits, where these lie beside the checkpoint")
+    if args.verify is None and not possible:
+        print("not verified: torch isn't installed")
+    record = convert(files, args.output_dir or "models/nanochat-mlx", dtype, quantization, args.logit_softcap,
+                     args.repo, possible and args.verify is not False)
     return 0 if record["verification"] is None or record["verification"]["passed"] else 1
 
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from conftest import FIXTURES, require
 from mlx_grpo import nanochat_checkpoint as checkpoint
-from mlx_grpo import nanochat_verify
+from mlx_grpo import nanochat_folders, nanochat_verify
 
 STORED = ("gen1", "gen3", "gen5")
 TINY = {"sequence_len": 256, "vocab_size": 600, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
@@ -36,7 +36,7 @@ def tokenizer_cases(generation):
 
 def converted(source, output, **options):
     """The record of a conversion of the checkpoint in folder `source`."""
-    return convert_nanochat.convert(checkpoint.find_checkpoint(source), output, **options)
+    return convert_nanochat.convert(nanochat_folders.find_checkpoint(source), output, **options)
 
 
 def load(directory):

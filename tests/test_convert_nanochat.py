@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, require
 from mlx.utils import tree_flatten
-from mlx_grpo import UserError, nanochat_verify
+from mlx_grpo import UserError, nanochat_folders, nanochat_verify
 from mlx_grpo import nanochat_checkpoint as checkpoint
 from mlx_grpo.nanochat_tokenizer import SPECIAL_TOKENS, encoding_from_json
 from mlx_grpo.safe_pickle import read_tiktoken_pickle, read_torch_checkpoint
@@ -106,7 +106,7 @@ def test_the_torch_rendering_is_nanochat(generation):
     """So that what --verify compares with has itself been compared with nanochat's own logits."""
     require("torch")
     from mlx_grpo.nanochat_torch import torch_logits
-    files = checkpoint.find_checkpoint(folder(generation))
+    files = nanochat_folders.find_checkpoint(folder(generation))
     _, meta, tensors, _, _, arch = convert_nanochat.read_source(files, None)
     parameter = nanochat_verify.rounded_parameter(tensors, {"vocab_size": arch["vocab_size"]}, mx.float32, None)
     stored = reference(generation)
@@ -263,6 +263,8 @@ def test_without_torch_it_converts_and_says_that_it_did_not_verify(tmp_path):
     assert code == 2 and "pip install torch" in err and not (tmp_path / "b").exists()
     code, said, _ = run("--cache-dir", folder("gen5"), "--output-dir", tmp_path / "c", "--verify", **options)
     assert code == 0 and "against nanochat's own stored logits" in said and "against torch" not in said
+    code, _, err = run("--cache-dir", folder("gen5"), "--output-dir", tmp_path / "b", "--verify", "-q", **options)
+    assert code == 2 and "pip install torch" in err and not (tmp_path / "b").exists()
     code, _, err = run("--to-pytorch", out, "--output-dir", tmp_path / "d", **options)
     assert code == 2 and "pip install torch" in err and not (tmp_path / "d").exists()
 
@@ -274,7 +276,7 @@ def test_the_way_back_is_unchanged_to_the_bit(tmp_path, generation):
     torch = require("torch")
     converted(folder(generation), tmp_path / "mlx")
     assert convert_nanochat.main(["--to-pytorch", str(tmp_path / "mlx"), "--output-dir", str(tmp_path / "back")]) == 0
-    first, second = checkpoint.find_checkpoint(folder(generation)), checkpoint.find_checkpoint(tmp_path / "back")
+    first, second = (nanochat_folders.find_checkpoint(root) for root in (folder(generation), tmp_path / "back"))
     before, after = (torch.load(files.model, weights_only=True) for files in (first, second))
     assert before.keys() == after.keys()
     vocab = checkpoint.read_meta(first.meta)["model_config"]["vocab_size"]
@@ -337,7 +339,7 @@ def empty_checkpoint(target, *steps, tokenizer=True):
 
 def found(root, **options):
     said = []
-    return checkpoint.find_checkpoint(root, say=said.append, **options), " ".join(said)
+    return nanochat_folders.find_checkpoint(root, say=said.append, **options), " ".join(said)
 
 
 def test_the_newest_step_is_the_largest_number_not_the_largest_name(tmp_path):
@@ -346,7 +348,7 @@ def test_the_newest_step_is_the_largest_number_not_the_largest_name(tmp_path):
     files, said = found(tmp_path)
     assert (files.step, files.model.name, files.meta.name) == (1000000, "model_1000000.pt", "meta_1000000.json")
     assert "3 checkpoints" in said and "1000000" in said and "--step" in said
-    assert found(tmp_path, step=5) == (checkpoint.CheckpointFiles(
+    assert found(tmp_path, step=5) == (nanochat_folders.CheckpointFiles(
         tmp_path / "model_000005.pt", tmp_path / "meta_000005.json", tmp_path / "tokenizer.pkl", 5), "")
     with pytest.raises(UserError, match="--step 6: .* has the steps 5, 999999, 1000000"):
         found(tmp_path, step=6)
@@ -453,6 +455,8 @@ REFUSALS = {
     "missing parameter": (drop("lm_head.weight"), "1 missing .lm_head.weight"),
     "missing lambda": (drop("backout_lambda"), "missing .backout_lambda"),
     "shape": (lambda f: edit_tensors(f, lambda t, torch: t.update(resid_lambdas=torch.zeros(5))), "resid_lambdas .5,."),
+    "not finite": (lambda f: edit_tensors(f, lambda t, torch: t["resid_lambdas"].fill_(float("nan"))),
+                   "resid_lambdas has numbers that are not finite"),
     "padding differs": (lambda f: edit_tensors(f, lambda t, torch: t.update({"lm_head.weight": torch.zeros(896, 64)})),
                         "lm_head.weight .896, 64., not .832, 64."),
     "experiment": (lambda f: edit_tensors(f, lambda t, torch: t.update(bigram_lambdas=torch.zeros(4))),
@@ -488,6 +492,14 @@ def test_a_checkpoint_that_is_not_right_is_refused_in_one_line_and_nothing_is_wr
         convert_nanochat.main(["--cache-dir", str(source), "--output-dir", str(tmp_path / "out")])
     assert "\n" not in str(refused.value) and str(source) in str(refused.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]       # no output, no payload's file
+
+
+def test_numbers_too_large_for_a_dtype_are_refused(tmp_path):
+    random_checkpoint(tmp_path / "in", 1)
+    edit_tensors(tmp_path / "in", lambda tensors, torch: tensors["lm_head.weight"].fill_(70000.0))
+    with pytest.raises(UserError, match="lm_head.weight has numbers that are not finite as float16"):
+        converted(tmp_path / "in", tmp_path / "out", dtype="float16")
+    converted(tmp_path / "in", tmp_path / "out", dtype="bfloat16")
 
 
 def test_generations_are_never_taken_for_each_other(tmp_path):
@@ -559,7 +571,7 @@ def test_one_file_passes_through_memory_in_bands(tmp_path):
 
 def test_the_checkpoint_readers_agree_on_every_fixture():
     for generation in STORED:
-        files = checkpoint.find_checkpoint(folder(generation))
+        files = nanochat_folders.find_checkpoint(folder(generation))
         tensors = read_torch_checkpoint(files.model)
         number = checkpoint.classify(tensors, files.model).number
         assert f"gen{number}" == generation
