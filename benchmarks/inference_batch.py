@@ -70,7 +70,8 @@ def measure(model, prompts, max_tokens):
         per_s[name] = len(prompts) * max_tokens / (time.perf_counter() - start)
     same = sum(a == b for a, b in zip(rows["one_by_one"], rows["batched"]))
     return {"prompts": len(prompts), "max_tokens": max_tokens, "device": str(mx.default_device()),
-            "one_by_one_tokens_per_s": round(per_s["one_by_one"], 2), "batched_tokens_per_s": round(per_s["batched"], 2),
+            "one_by_one_tokens_per_s": round(per_s["one_by_one"], 2),
+            "batched_tokens_per_s": round(per_s["batched"], 2),
             "ratio": round(per_s["batched"] / per_s["one_by_one"], 2), "equal_rows": same}
 
 

@@ -35,7 +35,6 @@ def handler(repositories, sizes):
 
         def do_GET(self):
             path = unquote(urlparse(self.path).path).strip("/")
-            kind, _, rest = path.partition("/") if path.startswith("api/") else ("", "", path)
             parts = path.removeprefix("api/models/").split("/")
             name, rest = "/".join(parts[:2]), parts[2:]
             if name.startswith("gated/"):
@@ -56,8 +55,9 @@ def handler(repositories, sizes):
                 listing = [{"type": "file", "path": str(p.relative_to(root)), "size": p.stat().st_size,
                             "oid": hashlib.sha1(p.read_bytes()).hexdigest()} for p in files]
                 return self.answer(200, json.dumps(listing).encode(), content_type="application/json")
-            info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": [{"rfilename": str(p.relative_to(root))} for p in files],
-                    "tags": [], "private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0}
+            siblings = [{"rfilename": str(p.relative_to(root))} for p in files]
+            info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "tags": [],
+                     "private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0}
             self.answer(200, json.dumps(info).encode(), content_type="application/json")
 
     return Handler
@@ -69,8 +69,8 @@ def fake_hub(repositories, cache, sizes=None):
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(repositories, sizes or {}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
-                                "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1",
+                                "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     environment.pop("HF_TOKEN", None)
     environment.pop("HF_HUB_OFFLINE", None)
     try:

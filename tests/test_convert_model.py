@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,13 @@ from conftest import ROOT, require
 from fake_hub import fake_hub
 from mlx.utils import tree_flatten
 from nanochat_fixtures import STORED, converted, folder
-from tiny_hf import FAMILIES, edit_json, mlx_logits, random_tokens, save_tiny, save_tokenizer, torch_logits
+from tiny_hf import edit_json, mlx_logits, random_tokens, save_tiny, save_tokenizer, torch_logits
 
 from mlx_grpo import UserError, convert_model, model_files
 from mlx_grpo.convert_model import check_ahead, convert, parse, verify
 
+CONVERTED = ["llama3", "qwen2.5", "qwen3", "mistral", "gemma2", "phi3", "gpt2", "mixtral", "gemma3", "gpt_neox",
+             "stablelm", "qwen3_moe"]
 SCRIPT = str(ROOT / "utils" / "convert_model.py")
 
 
@@ -46,8 +49,7 @@ def run(source, target, *options):
 
 # ---- results ----
 
-@pytest.mark.parametrize("family", ["llama3", "qwen2.5", "qwen3", "mistral", "gemma2", "phi3", "gpt2", "mixtral", "gemma3",
-                                    "gpt_neox", "stablelm", "qwen3_moe"])
+@pytest.mark.parametrize("family", CONVERTED)
 def test_a_converted_model_opened_by_plain_mlx_lm_has_the_logits_of_transformers(family, tmp_path):
     from mlx_lm.utils import load
     torch_model = save_tiny(tmp_path / "hf", family)
@@ -56,7 +58,8 @@ def test_a_converted_model_opened_by_plain_mlx_lm_has_the_logits_of_transformers
     model, tokenizer = load(str(tmp_path / "mlx"))
     tokens = random_tokens()
     assert np.abs(mlx_logits(model, tokens) - torch_logits(torch_model, tokens)).max() < 1e-4
-    assert tokenizer.encode("7 + 5") == require("transformers").AutoTokenizer.from_pretrained(tmp_path / "hf").encode("7 + 5")
+    theirs = require("transformers").AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.encode("7 + 5") == theirs.encode("7 + 5")
     assert verify(options, quiet)
     assert json.loads((tmp_path / "mlx" / "conversion.json").read_text())["verified"]["max"] < 1e-4
 
@@ -76,7 +79,8 @@ def test_verify_fails_and_keeps_the_directory_when_a_weight_is_off(qwen, tmp_pat
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_dtype_is_the_type_of_every_weight(dtype, qwen, tmp_path):
     run(qwen, tmp_path / "mlx", "--dtype", dtype)
-    assert {str(w.dtype) for w in mx.load(str(tmp_path / "mlx" / "model.safetensors")).values()} == {f"mlx.core.{dtype}"}
+    weights = mx.load(str(tmp_path / "mlx" / "model.safetensors"))
+    assert {str(weight.dtype) for weight in weights.values()} == {f"mlx.core.{dtype}"}
     assert json.loads((tmp_path / "mlx" / "config.json").read_text())["dtype"] == dtype
 
 
@@ -135,7 +139,7 @@ def test_a_nanochat_of_every_generation_is_quantised_and_opens_with_its_tokenize
     model, tokenizer = load_model(str(tmp_path / "q"))
     assert tokenizer.encode("2 + 2") == load_model(str(tmp_path / "mlx"))[1].encode("2 + 2")
     assert any(name.endswith("scales") for name, _ in tree_flatten(model.parameters()))
-    assert sorted(p.name for p in (tmp_path / "q").glob("*.py")) == sorted(p.name for p in (tmp_path / "mlx").glob("*.py"))
+    assert {p.name for p in (tmp_path / "q").glob("*.py")} == {p.name for p in (tmp_path / "mlx").glob("*.py")}
 
 
 def test_an_mlx_directory_is_verified_against_itself_in_mlx(tmp_path):
@@ -151,8 +155,9 @@ def test_an_mlx_directory_is_verified_against_itself_in_mlx(tmp_path):
 def test_the_estimate_of_what_will_be_written_is_near_and_not_below(qwen, tmp_path):
     from mlx_grpo.checked_load import check_files
     for name, flags in {"f": [], "q": ["-q", "--bits", "4"], "d": ["--dequantize"]}.items():
-        options = run(qwen if name != "d" else tmp_path / "q", tmp_path / name, *flags)
-        estimate = convert_model.written_bytes(check_files(qwen if name != "d" else tmp_path / "q"), options) - 20_000_000
+        source = tmp_path / "q" if name == "d" else qwen
+        options = run(source, tmp_path / name, *flags)
+        estimate = convert_model.written_bytes(check_files(source), options) - 20_000_000
         written = (tmp_path / name / "model.safetensors").stat().st_size
         assert 0.8 * written < estimate < 2.6 * written, name
 
@@ -239,9 +244,11 @@ def test_a_full_disk_is_noticed_beforehand(qwen, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("config, says", [({"model_type": "bert", "architectures": ["BertModel"]}, "bert is encoder-only"),
-                                          ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
-                                          ({"model_type": "lama"}, "nearest it has: llama")])
+@pytest.mark.parametrize("config, says", [
+    ({"model_type": "bert", "architectures": ["BertModel"]}, "bert is encoder-only"),
+    ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+    ({"model_type": "lama"}, "nearest it has: llama"),
+])
 def test_models_that_mlx_lm_cannot_run_are_named(config, says, qwen, tmp_path):
     shutil.copytree(qwen, tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
@@ -258,7 +265,8 @@ def test_a_directory_without_a_tokenizer_says_so(tmp_path):
 def test_a_tokenizer_with_code_of_its_own_does_not_run_it(qwen, tmp_path):
     shutil.copytree(qwen, tmp_path / "hf")
     (tmp_path / "hf" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass T: pass\n")
-    edit_json(tmp_path / "hf" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", "evil.T"]}, tokenizer_class="T")
+    edit_json(tmp_path / "hf" / "tokenizer_config.json", tokenizer_class="T",
+              auto_map={"AutoTokenizer": ["evil.T", "evil.T"]})
     edit_json(tmp_path / "hf" / "config.json", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
     try:
         run(tmp_path / "hf", tmp_path / "mlx")
@@ -283,7 +291,8 @@ convert_model.copy_tokenizer = slow
 sys.argv = ["convert_model.py", "--hf-path", {str(qwen)!r}, "--output-dir", {str(tmp_path / "out")!r}]
 run_command(convert_model.main)
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", program], **pipes)
     assert process.stdout.readline() == "writing\n"
     assert [p.name.startswith(".out.") for p in tmp_path.iterdir()] == [True]
     process.send_signal(stop)
@@ -302,8 +311,8 @@ def test_a_crash_in_the_middle_leaves_nothing(qwen, tmp_path, monkeypatch):
 # ---- the program and the hub ----
 
 def program(*arguments, environment=None, directory=None):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, env=environment,
-                          cwd=directory, timeout=120)
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True,
+                          env=environment, cwd=directory, timeout=120)
 
 
 def test_the_program_runs_from_any_directory_and_lists_its_architectures(tmp_path):
@@ -313,9 +322,8 @@ def test_the_program_runs_from_any_directory_and_lists_its_architectures(tmp_pat
 
 
 def test_tested_models_are_those_that_the_tests_test():
-    assert len(convert_model.TESTED) == 12
-    spelt = {name.lower().replace("-", "_").replace(" ", "") for name in FAMILIES}
-    assert {"llama3", "qwen2.5", "qwen3", "mistral", "gemma2", "gemma3", "gpt_neox", "stablelm", "mixtral", "qwen3_moe"} <= spelt
+    spelt = lambda names: {re.sub(r"[-_ ]", "", name.lower()) for name in names}
+    assert spelt(convert_model.TESTED) == spelt(CONVERTED)
 
 
 def test_a_model_of_the_hub_is_downloaded_converted_and_found_again_offline(qwen, tmp_path):

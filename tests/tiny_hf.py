@@ -25,7 +25,7 @@ FAMILIES = {   # name: (transformers model type, its settings)
     "mixtral": ("mixtral", SHAPE | dict(num_local_experts=4, num_experts_per_tok=2, rope_parameters=THETA)),
     "gemma3": ("gemma3_text", SHAPE | dict(hidden_size=64,       # mlx-lm rounds its root to bfloat16, exact for 64
                head_dim=8, query_pre_attn_scalar=8, num_hidden_layers=6, sliding_window=16,
-               rope_parameters=dict(full_attention=THETA, sliding_attention=dict(rope_type="default", rope_theta=777.0)))),
+               rope_parameters=dict(full_attention=THETA, sliding_attention=THETA | dict(rope_theta=777.0)))),
     "gpt_neox": ("gpt_neox", {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}
                  | dict(intermediate_size=128, hidden_act="gelu_new",   # the one that mlx-lm has
                         rope_parameters=THETA | dict(partial_rotary_factor=0.5))),
@@ -59,8 +59,9 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
 
 
 def save_tokenizer(directory, chat_template=None, every_byte=False):
-    """A byte-level tokenizer without merges beside a tiny model: the specials <pad> <s> </s> <|im_end|> <|im_start|> as 0-4,
-    then the printable bytes of ASCII (fewer than 128 ids together), or all 256 bytes. Returns transformers' tokenizer."""
+    """A byte-level tokenizer without merges beside a tiny model: the specials <pad> <s> </s> <|im_end|> <|im_start|> as
+    0-4, then the printable bytes of ASCII (fewer than 128 ids together), or all 256 bytes. Returns transformers'
+    tokenizer."""
     tokenizers, transformers = require("tokenizers"), require("transformers")
     specials = ["<pad>", "<s>", "</s>", "<|im_end|>", "<|im_start|>"]
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -69,8 +70,9 @@ def save_tokenizer(directory, chat_template=None, every_byte=False):
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token=None))
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = tokenizers.decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                                additional_special_tokens=["<|im_end|>", "<|im_start|>"])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        additional_special_tokens=["<|im_end|>", "<|im_start|>"])
     fast.chat_template = chat_template
     fast.save_pretrained(directory)
     return fast

@@ -1,9 +1,9 @@
 """Opening a Hugging Face or mlx-lm model directory so that nothing is wrong in silence.
 
-mlx_lm.load fails on any unknown key and, told to be relaxed, leaves whatever is missing at random. `load_checked` builds
-the model from the normalised config (utils/model_config.py), lists every missing and every unexpected key, and refuses
-where a missing key would leave a layer at random, where a shape differs, where a shard of the index isn't there and
-where a safetensors header doesn't fit its file. No file of the directory runs code unless trust_remote_code is true.
+mlx_lm.load fails on any unknown key and, told to be relaxed, leaves whatever is missing at random. `load_checked`
+builds the model from the normalised config (utils/model_config.py), lists every missing and every unexpected key, and
+refuses where a missing key would leave a layer at random, where a shape differs, where a shard of the index isn't there
+and where a safetensors header doesn't fit its file. No file of the directory runs code without trust_remote_code.
 """
 
 import json
@@ -46,12 +46,14 @@ def check_safetensors(path):
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise UserError(f"{path}: not a whole safetensors file: its header claims {length} bytes, the file has {size}")
+            raise UserError(f"{path}: not a whole safetensors file: its header claims {length} bytes, "
+                            f"the file has {size}")
         raw = file.read(length)
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        tensors = {name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()}
+        tensors = {name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+                   for name, entry in header.items()}
         spans = sorted((begin, end, name) for name, (_, _, begin, end) in tensors.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: the safetensors header can't be read ({error}); download the file again") from error
@@ -66,12 +68,13 @@ def check_safetensors(path):
                             "the file is damaged or was tampered with")
         place = end
     if 8 + length + place != size:
-        raise UserError(f"{path}: the header describes {8 + length + place} bytes, the file has {size}; download it again")
+        raise UserError(f"{path}: the header describes {8 + length + place} bytes, the file has {size}; "
+                        "download it again")
     return {name: entry[:2] for name, entry in tensors.items()}
 
 
 def is_mlx(path):
-    """Whether the weights in a directory were written by mlx-lm, whose names and layouts may differ from transformers'."""
+    """Whether mlx-lm wrote the weights in a directory: its names and layouts may differ from transformers'."""
     for file in sorted(Path(path).glob("model*.safetensors")):
         with open(file, "rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
@@ -83,9 +86,9 @@ def check_files(path):
     """Check that `path` holds a whole model in safetensors. Returns {tensor name: (dtype, shape)}. Raises UserError."""
     path = Path(path)
     if not (path / "config.json").is_file():
-        near = "an adapter: give its base model, and the adapter as such" if (path / "adapter_config.json").exists() else \
-            "not a model directory"
-        raise UserError(f"{path} has no config.json; it is {near}")
+        adapter = (path / "adapter_config.json").exists()
+        what = "an adapter: give its base model, and the adapter as such" if adapter else "not a model directory"
+        raise UserError(f"{path} has no config.json; it is {what}")
     files = sorted(path.glob("model*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.is_file():
@@ -97,8 +100,8 @@ def check_files(path):
     if not files:
         others = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors", "*.h5", "*.msgpack")
                   for file in sorted(path.glob(pattern))]
-        raise UserError(f"{path} has no model*.safetensors" + (f" (only {', '.join(others[:3])}); open it with transformers "
-                        "and save_pretrained it, which writes safetensors" if others else "; it holds no weights"))
+        remedy = f" (only {', '.join(others[:3])}); open it with transformers, whose save_pretrained writes safetensors"
+        raise UserError(f"{path} has no model*.safetensors" + (remedy if others else "; it holds no weights"))
     return {name: entry for file in files for name, entry in check_safetensors(file).items()}
 
 
@@ -164,7 +167,7 @@ def checked_classes(config, path, report):
     class Checked(Model):
         def __init__(self, args):
             super().__init__(args)
-            self._trial = lambda: Model(args)     # sanitize may change the model it is asked of, so trials have their own
+            self._trial = lambda: Model(args)     # sanitize may change its model, so trials have their own
 
         def sanitize(self, weights):
             names, report.renamed = best_names(self._trial, weights)

@@ -28,7 +28,7 @@ from mlx_grpo.model_config import config_notes, normalize_config, supported_arch
 from mlx_grpo.model_files import copy_tokenizer, open_tokenizer, set_eos_token, upload, write_card  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
-from mlx.utils import tree_flatten, tree_map_with_path  # noqa: E402
+from mlx.utils import tree_map_with_path  # noqa: E402
 
 BITS, GROUP_SIZES = (2, 3, 4, 6, 8), (32, 64, 128)
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")      # mlx-lm's; low bits first
@@ -65,7 +65,8 @@ def convert(options, say=print):
         (work / "conversion.json").write_text(json.dumps(report, indent=2) + "\n")
         check_finite(work, options.dtype)
     size = sum(file.stat().st_size for file in Path(options.output_dir).glob("*.safetensors"))
-    say(f"wrote {options.output_dir}: {config['model_type']}, {options.dtype}{describe(quantized)}, {human_bytes(size)}")
+    what = f"{config['model_type']}, {options.dtype}{describe(quantized)}"
+    say(f"wrote {options.output_dir}: {what}, {human_bytes(size)}")
     return report
 
 
@@ -79,8 +80,9 @@ def written_bytes(tensors, options):
             elements *= n
         if name in packed and options.dequantize:
             elements *= 16          # a packed word of 32 bits holds up to 16 numbers
-        matrix = len(shape) > 1 and options.quantize
-        bits = (options.bits or 6) + 32 / (options.group_size or 64) if matrix else 32 if options.dtype == "float32" else 16
+        bits = 32 if options.dtype == "float32" else 16
+        if options.quantize and len(shape) > 1:
+            bits = (options.bits or 6) + 32 / (options.group_size or 64)
         total += elements * bits / 8
     return int(total * 1.02) + 20_000_000       # and the tokenizer
 
@@ -90,8 +92,8 @@ def change_weights(model, config, options, say):
     from mlx_lm.utils import dequantize_model
     is_quantized = "quantization" in config
     if options.quantize and is_quantized:
-        raise UserError(f"{options.hf_path} is quantised already ({describe(config['quantization'])[2:]}); quantise its original, "
-                        "or write a float copy with --dequantize first")
+        raise UserError(f"{options.hf_path} is quantised already ({describe(config['quantization'])[2:]}); "
+                        "quantise its original, or write a float copy with --dequantize first")
     if options.dequantize:
         if not is_quantized:
             raise UserError(f"{options.hf_path} isn't quantised, so --dequantize has nothing to do; leave it away")
@@ -99,8 +101,8 @@ def change_weights(model, config, options, say):
         config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
     castable = getattr(model, "cast_predicate", lambda name: True)
     dtype = getattr(mx, options.dtype)
-    model.update(tree_map_with_path(lambda name, a: a.astype(dtype) if castable(name) and mx.issubdtype(a.dtype, mx.floating)
-                                    else a, model.parameters()))
+    cast = lambda name, a: a.astype(dtype) if castable(name) and mx.issubdtype(a.dtype, mx.floating) else a
+    model.update(tree_map_with_path(cast, model.parameters()))
     config = config | {"dtype": options.dtype}
     config.pop("torch_dtype", None)
     if options.quantize:
@@ -116,8 +118,8 @@ def quantize(model, config, options, say):
     predicate = None
     if options.quant_recipe:
         if not any("down_proj" in name for name, _ in model.named_modules()):
-            raise UserError(f"--quant-recipe {options.quant_recipe} goes by the names of Llama-like layers, which {config['model_type']} "
-                            "doesn't have; use --bits")
+            raise UserError(f"--quant-recipe {options.quant_recipe} goes by the names of Llama-like layers, which "
+                            f"{config['model_type']} doesn't have; use --bits")
         predicate = mixed_quant_predicate_builder(options.quant_recipe, model, group_size)
     matrices = [(name, module) for name, module in model.named_modules() if hasattr(module, "to_quantized")]
     kept = [name for name, module in matrices if module.weight.shape[-1] % group_size]
@@ -132,7 +134,8 @@ def quantize(model, config, options, say):
 def write_weights(model, config, work):
     from mlx_lm.utils import save_config, save_model
     save_model(work, model, donate_model=True)
-    save_config(dict(config), work / "config.json", keep_vision_config="vision_tower" in dict(getattr(model, "model", {})))
+    tower = "vision_tower" in getattr(model, "model", {})       # as mlx_lm.save: such a model needs its vision_config
+    save_config(dict(config), work / "config.json", keep_vision_config=tower)
 
 
 def check_finite(work, dtype):
@@ -163,7 +166,8 @@ def verify(options, say=print):
         theirs = model_check.mlx_logits(model_check.in_float32(source_model), sequences)
         what = "its unquantised source" if quantizing else "its source in MLX"
     else:
-        theirs, what = model_check.torch_logits(source, sequences, options.dtype, options.trust_remote_code), "transformers"
+        theirs = model_check.torch_logits(source, sequences, options.dtype, options.trust_remote_code)
+        what = "transformers"
     del source_model        # its memory, before the next one is opened
     ours = model_check.mlx_logits(model_check.in_float32(open_plainly(target, config, options)), sequences)
     if quantizing:
@@ -222,16 +226,20 @@ def parse(arguments=None):
     parser.add_argument("--hf-path", help="hub id or directory of the model (required)")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the matrices")
     parser.add_argument("--bits", type=int, choices=BITS, help="bits for each weight, with -q (default 4)")
-    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, help="weights that share a scale, with -q (default 64)")
-    parser.add_argument("--quant-recipe", choices=RECIPES, help="mlx-lm's mixed-bit recipe in place of --bits; implies -q")
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES,
+                        help="weights that share a scale, with -q (default 64)")
+    parser.add_argument("--quant-recipe", choices=RECIPES,
+                        help="mlx-lm's mixed-bit recipe in place of --bits; implies -q")
     parser.add_argument("--dequantize", action="store_true", help="write a quantised MLX model as floats")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="type of what isn't quantised (default float16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of what isn't quantised (default float16)")
     parser.add_argument("--output-dir", default="mlx_model", help="new or empty directory (default mlx_model)")
     parser.add_argument("--eos-token", help='the end token to write, such as "<|im_end|>" for Qwen chat models')
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--upload-repo", help="put the result on the hub under this name")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let Python files of the model run on this machine")
-    parser.add_argument("--verify", action="store_true", help="compare with the source afterwards; exit code 1 if not equal")
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="let Python files of the model run on this machine")
+    parser.add_argument("--verify", action="store_true",
+                        help="compare with the source afterwards; exit code 1 if not equal")
     parser.add_argument("--verbose", action="store_true", help="print what was changed in config.json")
     parser.add_argument("--list", action="store_true", help="list the architectures and the tested models")
     options = parser.parse_args(arguments)
@@ -252,7 +260,7 @@ def check_ahead(options):
     """Raises UserError for what would only show after the long work: an output in use, no way to verify or upload."""
     target = Path(options.output_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--output-dir {target} already exists and is not empty; choose another directory or remove it first")
+        raise UserError(f"--output-dir {target} already exists and is not empty; choose another directory or remove it")
     if options.upload_repo:
         from huggingface_hub import get_token
         if not get_token():

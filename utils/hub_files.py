@@ -1,7 +1,6 @@
 """A model's directory from its name: a local directory as it is, a hub id downloaded once the disk has room for it."""
 
 import errno
-import os
 from pathlib import Path
 
 from mlx_grpo import UserError
@@ -53,12 +52,13 @@ def hub_trouble(error, revision=None):
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{host} has no revision {revision!r} of it; give a branch, a tag or a commit hash"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"no such directory here and no such model on {host}; check the spelling (a private one needs `hf auth login`)"
+        return (f"no such directory here and no such model on {host}; check the spelling (a private one needs "
+                "`hf auth login`)")
     if isinstance(error, errors.HFValidationError):
         return "no such directory here, and not a name that the hub could have (owner/name)"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        offline = "offline mode is on (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else f"{host} can't be reached"
-        return f"no such directory here, {offline} and the hub's cache doesn't have it whole"
+        why = "offline mode is on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else f"{host} can't be reached"
+        return f"no such directory here, {why} and the hub's cache doesn't have it whole"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk with {constants.HF_HUB_CACHE} is full"
     return f"{host} refused: {str(error).strip().splitlines()[0]}"

@@ -29,7 +29,7 @@ import mlx.nn as nn  # noqa: E402
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 def open_model(name, adapter=None, quantize=None, trust_remote_code=False):
-    """(model, tokenizer), with an adapter's weights and quantised to `quantize` bits where asked for. Raises UserError."""
+    """(model, tokenizer), with an adapter's weights, and quantised to `quantize` bits. Raises UserError."""
     from mlx_grpo import load_model
     model, tokenizer = load_model(name, trust_remote_code=trust_remote_code)
     if quantize and adapter and adapter_kind(adapter) == "full":
@@ -75,11 +75,12 @@ def quantize_matrices(model, bits):
     def choose(path, module):
         if not hasattr(module, "to_quantized") or not allowed(path, module):
             return False
-        return next(({"group_size": size, "bits": bits} for size in (64, 32) if module.weight.shape[-1] % size == 0), False)
+        fitting = [size for size in (64, 32) if module.weight.shape[-1] % size == 0]
+        return {"group_size": fitting[0], "bits": bits} if fitting else False
 
     nn.quantize(model, 64, bits, class_predicate=choose)
     if not any(hasattr(module, "bits") for _, module in model.named_modules()):
-        raise UserError(f"--quantize {bits}: no matrix of this model has rows of a multiple of 32; leave the option away")
+        raise UserError(f"--quantize {bits}: no matrix here has rows of a multiple of 32; leave the option away")
 
 
 def encoder(tokenizer, system):
@@ -124,7 +125,8 @@ def with_prompt_cache(session, options, work):
     """Do `work` with the session's cache taken from --prompt-cache where that file exists, and written to it after."""
     if not options.prompt_cache:
         return work()
-    identity = model_identity(session.model.source_path, *[options.adapter] * bool(options.adapter), bits=options.quantize)
+    directories = [session.model.source_path, options.model, options.adapter]      # --model may be an adapter's
+    identity = model_identity(*[d for d in directories if d and Path(d).is_dir()], bits=options.quantize)
     if Path(options.prompt_cache).exists():
         session.load(options.prompt_cache, identity)
     work()
@@ -137,20 +139,25 @@ def parse(arguments=None):
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--prompt", help="one prompt; - reads it from standard input")
     way.add_argument("--chat", action="store_true", help="a conversation in the terminal, always streamed")
-    way.add_argument("--batch", metavar="FILE", help='a prompt a line, or .jsonl with "prompt", "question" or "messages"')
+    way.add_argument("--batch", metavar="FILE",
+                     help='a prompt a line, or .jsonl with "prompt", "question" or "messages"')
     parser.add_argument("--model", default="mlx_model", help="directory or hub id (default mlx_model)")
     parser.add_argument("--adapter", metavar="DIR", help="mlx-lm adapter to add (LoRA, DoRA or full)")
-    parser.add_argument("--quantize", type=int, choices=(2, 3, 4, 6, 8), metavar="BITS", help="quantise the matrices at load")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let Python files of the model run on this machine")
+    parser.add_argument("--quantize", type=int, choices=(2, 3, 4, 6, 8), metavar="BITS",
+                        help="quantise the matrices at load: 2, 3, 4, 6 or 8")
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="let Python files of the model run on this machine")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--max-tokens", type=int, default=512, help="tokens to generate at most (default 512)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling, 1 for none (default 0.95)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="over all tokens so far, 1 for none (default 1)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0,
+                        help="over all tokens so far, 1 for none (default 1)")
     parser.add_argument("--seed", type=int, help="for the same samples again (default: a new one)")
     parser.add_argument("--stream", action="store_true", help="print the answer to --prompt as it comes")
     parser.add_argument("--batch-size", type=int, default=32, help="prompts decoded together with --batch (default 32)")
-    parser.add_argument("--prompt-cache", metavar="FILE", help="keep the KV cache in this .safetensors file between calls")
+    parser.add_argument("--prompt-cache", metavar="FILE",
+                        help="keep the KV cache in this .safetensors file between calls")
     parser.add_argument("--verbose", action="store_true", help="speeds, latencies and memory on standard error")
     options = parser.parse_args(arguments)
     if options.batch and (options.stream or options.prompt_cache):

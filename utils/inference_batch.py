@@ -31,8 +31,8 @@ class Result:
 
 
 def read_items(path):
-    """Items of a .jsonl file ({"prompt": text}, {"question": text} or {"messages": [...]} a line) or of a text file (one
-    prompt a line, empty lines skipped). Raises UserError."""
+    """Items of a .jsonl file ({"prompt": text}, {"question": text} or {"messages": [...]} a line) or of a text file
+    (one prompt a line). Empty lines are skipped. Raises UserError."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")     # not splitlines: JSON text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
@@ -58,17 +58,18 @@ def read_line(where, line):
     messages = isinstance(prompt, list) and prompt and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt)
     if not (messages if given == ["messages"] else isinstance(prompt, str)):
-        raise UserError(f'{where}: "prompt" and "question" must be text, "messages" a list of {{"role": ..., "content": ...}}')
+        raise UserError(f'{where}: "prompt" and "question" must be text, "messages" a list of '
+                        '{"role": ..., "content": ...}')
     return Item(prompt, given[0], {key: value for key, value in row.items() if key != given[0]})
 
 
 def generate_batch(model, tokenizer, prompts, sampling, batch_size=32):
-    """Yields (index, Result) as prompts finish; `prompts` are lists of ids. Up to `batch_size` rows are decoded together,
-    a finished row gives its place to the next prompt. Raises UserError."""
+    """Yields (index, Result) as prompts finish; `prompts` are lists of ids. Up to `batch_size` rows are decoded
+    together, a finished row gives its place to the next prompt. Raises UserError."""
     from mlx_lm.models.cache import make_prompt_cache
     context = context_length(model)
     limits = [fit_context(len(ids), sampling.max_tokens, context) for ids in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))     # neighbours of one length need little padding
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))     # little padding between neighbours
     mergeable = all(hasattr(layer, "merge") for layer in make_prompt_cache(model))
     run = continuous if mergeable else lockstep
     yield from run(Float32Logits(model), set(tokenizer.eos_token_ids), prompts, limits, order, sampling, batch_size)
@@ -131,8 +132,8 @@ def lockstep_rows(model, ends, prompts, limits, rows, sampling, chunk=512):
 
 
 def run_batch(model, tokenizer, items, encode, sampling, batch_size, write):
-    """Answer every item and `write` each result's JSON line in the order of the items. `encode`: an Item's prompt to ids.
-    Returns the summary for people: throughput and latencies."""
+    """Answer every item and `write` each result's JSON line in the order of the items. `encode`: an Item's prompt to
+    ids. Returns the summary for people: throughput and latencies."""
     prompts = [encode(item.prompt) for item in items]
     ends, waiting, results, start = set(tokenizer.eos_token_ids), {}, [], time.perf_counter()
     for i, result in generate_batch(model, tokenizer, prompts, sampling, batch_size):
@@ -143,17 +144,19 @@ def run_batch(model, tokenizer, items, encode, sampling, batch_size, write):
             write(json.dumps({**item.extra, item.key: item.prompt, "index": len(results),
                               "completion": tokenizer.decode(said, skip_special_tokens=True),
                               "finish_reason": result.ended, "prompt_tokens": result.prompt_tokens,
-                              "completion_tokens": len(result.ids), "seconds": round(result.seconds, 4)}, ensure_ascii=False))
+                              "completion_tokens": len(result.ids), "seconds": round(result.seconds, 4)},
+                             ensure_ascii=False))
             results.append(result)
     return summary(results, time.perf_counter() - start)
 
 
 def summary(results, seconds):
-    """"16 prompts, 812 tokens in 9.1 s: 89.2 tokens/s | latency p50 5.1 s, p90 ..., p99 ... | peak memory 1.20 GB"; latency
-    counts from the start of the batch to a prompt's last token."""
+    """Throughput, latency percentiles and peak memory for people, on one line; a latency counts from the start of the
+    batch to a prompt's last token."""
     tokens = sum(len(result.ids) for result in results)
     sorted_s = sorted(result.seconds for result in results)
     percentile = lambda p: sorted_s[min(len(sorted_s) - 1, int(p / 100 * len(sorted_s)))]
     latencies = ", ".join(f"p{p} {percentile(p):.2f} s" for p in (50, 90, 99))
-    return (f"{len(results)} prompts, {sum(r.prompt_tokens for r in results)} prompt tokens, {tokens} generated in {seconds:.2f} s: "
+    prompt_tokens = sum(result.prompt_tokens for result in results)
+    return (f"{len(results)} prompts, {prompt_tokens} prompt tokens, {tokens} generated in {seconds:.2f} s: "
             f"{tokens / seconds:.1f} tokens/s | latency {latencies} | peak memory {mx.get_peak_memory() / 1e9:.2f} GB")

@@ -19,8 +19,8 @@ def template_ids(tokenizer, messages, add_generation_prompt=True):
 def render(tokenizer, messages, add_generation_prompt, tokenize):
     import jinja2
     if not tokenizer.has_chat_template:
-        raise UserError("this model has no chat template (a base model, most likely), so there is no --chat or --system with "
-                        "it; use --prompt")
+        raise UserError("this model has no chat template (a base model, most likely), so there is no --chat or "
+                        "--system with it; use --prompt")
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=tokenize)
     except jinja2.TemplateError as error:
@@ -46,7 +46,7 @@ class Chat:
         return self.ids + tail if tail else template_ids(self.session.tokenizer, self.messages)
 
     def tail_ids(self):
-        """Ids of what the template puts between the last reply and the one due: the difference that an empty reply makes.
+        """Ids of what the template puts between the last reply and the one due: what an empty reply leaves of it.
         None where the template changes earlier replies (drops their reasoning, say) or takes no empty ones."""
         tokenizer, last = self.session.tokenizer, len(self.messages) - 2        # where the last reply is
         before, reply = self.messages[:last], self.messages[last]
@@ -82,7 +82,8 @@ class Chat:
         if not path:
             raise UserError("/save needs a file: /save talk.jsonl")
         try:
-            Path(path).expanduser().write_text(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n", encoding="utf-8")
+            line = json.dumps({"messages": self.messages}, ensure_ascii=False)
+            Path(path).expanduser().write_text(line + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"/save {path}: {error.strerror}") from error
 
@@ -91,7 +92,7 @@ def chat_loop(model, tokenizer, sampling, system=None, verbose=False, session=No
     """Talk until the user leaves. Errors of the user's are told and the talk goes on."""
     chat = Chat(session or Session(model, tokenizer, sampling), system)
     if system or not tokenizer.has_chat_template:
-        template_ids(tokenizer, [*chat.messages, {"role": "user", "content": "hello"}])    # refuse before the first question
+        template_ids(tokenizer, [*chat.messages, {"role": "user", "content": "hello"}])    # refuses before a question
     print(HELP)
     while True:
         try:

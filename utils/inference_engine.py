@@ -45,7 +45,7 @@ class Sampling:
         return make_sampler(self.temperature, self.top_p)
 
     def processors(self, before=()):
-        """Functions (tokens so far, logits (1, V)) -> logits; `before`: ids that came before the tokens they are given."""
+        """Functions (tokens so far, logits (1, V)) -> logits; `before`: ids that came before those tokens."""
         if self.repetition_penalty == 1.0:
             return []
         from mlx_lm.sample_utils import make_repetition_penalty
@@ -76,7 +76,7 @@ class TextStream:
 
     def __init__(self, tokenizer):
         self.decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-        self.ids, self.begin, self.end = [], 0, 0      # ids[begin:end] has been printed, and gives context to what follows
+        self.ids, self.begin, self.end = [], 0, 0      # ids[begin:end] is printed, and context for what follows
 
     def add(self, token):
         """The text that `token` completes, often empty."""
@@ -116,9 +116,10 @@ class Stats:
     def line(self):
         """For people, on one line."""
         reused = f", {self.reused_tokens} from the cache" if self.reused_tokens else ""
-        return (f"prompt {self.prompt_tokens} tokens{reused}, {self.prompt_per_s:.1f} tokens/s | generation {self.tokens} tokens, "
-                f"{self.tokens_per_s:.1f} tokens/s | first token after {self.first_token_s:.3f} s | "
-                f"peak memory {mx.get_peak_memory() / 1e9:.2f} GB | ended by {self.ended}")
+        return (f"prompt {self.prompt_tokens} tokens{reused}, {self.prompt_per_s:.1f} tokens/s | "
+                f"generation {self.tokens} tokens, {self.tokens_per_s:.1f} tokens/s | "
+                f"first token after {self.first_token_s:.3f} s | peak memory {mx.get_peak_memory() / 1e9:.2f} GB | "
+                f"ended by {self.ended}")
 
 
 def context_length(model):
@@ -178,7 +179,8 @@ class Session:
         allowed = fit_context(len(prompt_ids), self.sampling.max_tokens, self.context)
         common = self.reuse(prompt_ids)
         self.sampled, self.stats = [], Stats(len(prompt_ids), common)
-        text, ends, start, done = TextStream(self.tokenizer), set(self.tokenizer.eos_token_ids), time.perf_counter(), False
+        text, ends = TextStream(self.tokenizer), set(self.tokenizer.eos_token_ids)
+        start, done = time.perf_counter(), False
         tokens = generate_step(mx.array(prompt_ids[common:]), Float32Logits(self.model), max_tokens=allowed,
                                sampler=self.sampling.sampler(), prompt_cache=self.cache,
                                logits_processors=self.sampling.processors(prompt_ids[:common]))
@@ -232,13 +234,14 @@ class Session:
         check_safetensors(path)
         arrays, metadata = mx.load(str(path), return_metadata=True)
         try:
-            saved_identity, ids, others = metadata["identity"], json.loads(metadata["ids"]), json.loads(metadata["others"])
+            ids, others = json.loads(metadata["ids"]), json.loads(metadata["others"])
+            saved_identity = metadata["identity"]
             states = tree_unflatten(list((arrays | others).items()))
         except (KeyError, ValueError, IndexError) as error:
             raise UserError(f"--prompt-cache {path} wasn't written by this program; choose another file") from error
         if saved_identity != identity:
-            raise UserError(f"--prompt-cache {path} belongs to another model, adapter or quantisation; delete it or choose "
-                            "another file")
+            raise UserError(f"--prompt-cache {path} belongs to another model, adapter or quantisation; delete it or "
+                            "choose another file")
         fresh = [layer.state for layer in self.cache]
         if len(fresh) != len(states) or any(len(a) != len(b) for a, b in zip(fresh, states)):
             raise UserError(f"--prompt-cache {path} doesn't fit this model's cache; delete it")

@@ -8,9 +8,8 @@ import math
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
 
-from mlx_grpo import UserError
+from mlx_grpo import UserError, cast_floats
 
 TEXTS = [
     "The train leaves at 7:45 and arrives 95 minutes later. It arrives at 9:20, because 45 + 95 = 140 minutes after 7.",
@@ -44,8 +43,8 @@ def torch_logits(path, sequences, dtype, trust_remote_code=False):
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--verify: transformers can't open {path}: {reason}; convert without --verify") from error
     if keys["missing_keys"]:
-        raise UserError(f"--verify: transformers finds no weights for {sorted(keys['missing_keys'])[0]} in {path}, so it can't "
-                        "be the measure; convert without --verify")
+        raise UserError(f"--verify: transformers finds no weights for {sorted(keys['missing_keys'])[0]} in {path}, "
+                        "so it can't be the measure; convert without --verify")
     model.eval()
     with torch.no_grad():
         for weight in model.parameters():       # the weights only: buffers, such as Gemma's scale, aren't stored
@@ -60,14 +59,15 @@ def mlx_logits(model, sequences):
 
 def in_float32(model):
     """The model with its floating-point weights in float32 (changed in place)."""
-    model.update(tree_map(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()))
+    model.update(cast_floats(model.parameters(), mx.float32))
     return model
 
 
 def compare_logits(ours, theirs):
     """{"max", "mean", "limit", "passed"}: differences over all sequences (arrays (L, V) each; V may be padded on one
     side), and the limit that `max` has to stay under."""
-    pairs = [(a[:, :min(a.shape[1], b.shape[1])], b[:, :min(a.shape[1], b.shape[1])]) for a, b in zip(ours, theirs, strict=True)]
+    V = min(ours[0].shape[1], theirs[0].shape[1])
+    pairs = [(a[:, :V], b[:, :V]) for a, b in zip(ours, theirs, strict=True)]
     differences = np.concatenate([np.abs(a - b).reshape(-1) for a, b in pairs])
     limit = LOGIT_TOLERANCE * max(1.0, max(float(np.abs(b).max()) for _, b in pairs))
     largest = float(differences.max())
@@ -75,8 +75,8 @@ def compare_logits(ours, theirs):
 
 
 def compare_distributions(ours, theirs, sequences):
-    """What quantisation did: mean KL(source || ours) in nats per token, both perplexities of the texts (all sequences but
-    the random one, where there are others), and how often the likeliest next token is the same."""
+    """What quantisation did: mean KL(source || ours) in nats per token, both perplexities of the texts (all sequences
+    but the random one, where there are others), and how often the likeliest next token is the same."""
     kl, agreement, ours_nll, theirs_nll = [], [], [], []
     for a, b, ids in zip(ours, theirs, sequences, strict=True):
         log_p, log_q = log_softmax(b), log_softmax(a)
@@ -86,7 +86,7 @@ def compare_distributions(ours, theirs, sequences):
         ours_nll.append(-log_q[rows, targets])
         theirs_nll.append(-log_p[rows, targets])
     texts = slice(0, max(1, len(sequences) - 1))
-    perplexity = lambda nll: math.exp(min(700.0, np.concatenate(nll[texts]).mean()))
+    perplexity = lambda nll: math.exp(min(700.0, np.concatenate(nll[texts]).mean()))    # exp(710) overflows
     mean_kl = float(np.concatenate(kl).mean())
     return {"kl": mean_kl, "perplexity": perplexity(ours_nll), "source_perplexity": perplexity(theirs_nll),
             "same_top_token": float(np.concatenate(agreement).mean()), "passed": bool(np.isfinite(mean_kl))}

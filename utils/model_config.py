@@ -126,8 +126,9 @@ def scaling_of(settings):
     if "factor" in scaling:
         scaling["factor"] = float(scaling["factor"])
     attention = scaling.get("attention_factor")
-    if kind == "yarn" and attention is not None and not {"mscale", "mscale_all_dim"} & set(scaling) and scaling["factor"] > 1:
-        scaling["mscale"] = (attention - 1) / (0.1 * math.log(scaling["factor"]))   # YarnRoPE: 0.1 mscale ln(factor) + 1
+    own_scale = {"mscale", "mscale_all_dim"} & set(scaling)
+    if kind == "yarn" and attention is not None and not own_scale and scaling["factor"] > 1:
+        scaling["mscale"] = (attention - 1) / (0.1 * math.log(scaling["factor"]))   # YarnRoPE: 0.1 mscale ln factor + 1
     return scaling
 
 
@@ -167,7 +168,7 @@ def declared_fields(config):
 
 
 def uses(config, field):
-    """Whether the architecture's code reads `field`, beyond declaring it (Mixtral declares rope_scaling and ignores it)."""
+    """Whether the architecture's code reads `field`, beyond declaring it (Mixtral ignores the rope_scaling it has)."""
     sources = (inspect.getsource(each) for each in related_modules(architecture_module(config)))
     return any(re.search(rf"\.{field}\b", source) for source in sources)
 
@@ -197,10 +198,10 @@ def unsupported_reason(config):
     head = next((name for name in config.get("architectures") or [] if str(name).endswith(HEADLESS)), None)
     supported = supported_architectures()
     if kind in ENCODER_DECODERS or (config.get("is_encoder_decoder") and kind not in supported):
-        return f"{kind} is an encoder-decoder; mlx-lm runs decoder-only models: choose one such as {nearest(kind, supported)}"
+        return f"{kind} is an encoder-decoder; mlx-lm runs decoders only: choose one such as {nearest(kind, supported)}"
     if kind in ENCODERS or head:
         what = f"{kind} is encoder-only" if kind in ENCODERS else f"{head} is a classifier"
-        return f"{what} and writes no text; mlx-lm runs decoder-only models: choose one such as {nearest(kind, supported)}"
+        return f"{what} and writes no text; mlx-lm runs decoders only: choose one such as {nearest(kind, supported)}"
     if architecture_module(config) is None:
         return f"mlx-lm has no architecture {kind!r}; the nearest it has: {nearest(kind, supported)} (--list shows all)"
     return args_error(config, kind) or rope_error(config, kind)
@@ -215,8 +216,8 @@ def args_error(config, kind):
         text = str(error)
         missing = re.findall(r"'(\w+)'", text) if "missing" in text else []
         what = "lacks " + ", ".join(missing) if missing else f"has a value that it refuses: {text}"
-        return (f"config.json isn't what mlx-lm's {kind} reads: it {what}; use the configuration that the model's authors "
-                "published, or a conversion from mlx-community")
+        return (f"config.json isn't what mlx-lm's {kind} reads: it {what}; use the configuration that the model's "
+                "authors published, or a conversion from mlx-community")
 
 
 def rope_error(config, kind):
@@ -226,12 +227,12 @@ def rope_error(config, kind):
         scaling = scaling_of(full)
         own = uses(config, "rope_parameters")
         if scaling and not own and not uses(config, "rope_scaling"):
-            return (f"the config asks for rope_scaling of type {scaling['type']!r}, which mlx-lm's {kind} doesn't apply: "
-                    "its logits would be wrong; choose a checkpoint without it")
+            return (f"the config asks for rope_scaling of type {scaling['type']!r}, which mlx-lm's {kind} doesn't "
+                    "apply: its logits would be wrong; choose a checkpoint without it")
         thetas = {full.get("rope_theta"), sliding.get("rope_theta", full.get("rope_theta"))}
         if len(thetas) == 2 and not own and not any(uses(config, name) for name in LOCAL_THETA_FIELDS):
-            return (f"the config gives sliding layers a rope_theta of their own ({sliding['rope_theta']}), which mlx-lm's "
-                    f"{kind} doesn't read: its logits would be wrong")
+            return (f"the config gives sliding layers a rope_theta of their own ({sliding['rope_theta']}), which "
+                    f"mlx-lm's {kind} doesn't read: its logits would be wrong")
     return None
 
 

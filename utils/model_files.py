@@ -8,23 +8,24 @@ from mlx_grpo import UserError
 from mlx_grpo.checked_load import read_json
 from mlx_grpo.hub_files import hub_trouble
 
-TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-                   "*.tiktoken", "tiktoken.model", "tokenizer.pkl", "chat_template*", "additional_chat_templates/*", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+                   "merges.txt", "*.tiktoken", "tiktoken.model", "tokenizer.pkl", "chat_template*",
+                   "additional_chat_templates/*", "generation_config.json")
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 
 def open_tokenizer(source, config, eos_token=None, trust_remote_code=False):
     """The tokenizer of a directory, opened to know that it works and that it has `eos_token`. Raises UserError."""
     from mlx_lm.utils import load_tokenizer
-    if not any(path.is_file() for pattern in VOCABULARIES for path in Path(source).glob(pattern)):   # transformers opens an empty one
-        raise UserError(f"{source} has no tokenizer ({', '.join(VOCABULARIES)}); copy the tokenizer files of the model it was "
-                        "made from beside it")
+    if not any(True for pattern in VOCABULARIES for _ in Path(source).glob(pattern)):    # transformers makes one up
+        raise UserError(f"{source} has no tokenizer ({', '.join(VOCABULARIES)}); copy the tokenizer files of the model "
+                        "it was made from beside it")
     try:
         tokenizer = load_tokenizer(source, {"trust_remote_code": trust_remote_code}, config.get("eos_token_id"))
     except (ValueError, OSError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: its tokenizer can't be opened ({reason}); copy the tokenizer files of the model "
-                        "it was made from beside it, or add --trust-remote-code where it brings its own code") from error
+        raise UserError(f"{source}: its tokenizer can't be opened ({reason}); copy the tokenizer files of the model it "
+                        "was made from beside it, or add --trust-remote-code where it brings its own code") from error
     if eos_token and eos_token not in tokenizer.get_vocab():
         specials = ", ".join(tokenizer.all_special_tokens)
         raise UserError(f"--eos-token {eos_token!r} isn't in the vocabulary of {source}; "
@@ -58,7 +59,8 @@ def set_eos_token(work, config, tokenizer, token):
 def write_card(source, work, name, base_model):
     """README.md for the hub: the source's metadata (its licence above all), with base_model and the mlx tag."""
     from huggingface_hub import ModelCard
-    text = (source / "README.md").read_text(encoding="utf-8", errors="replace") if (source / "README.md").exists() else ""
+    old = source / "README.md"
+    text = old.read_text(encoding="utf-8", errors="replace") if old.exists() else ""
     card = ModelCard(text if text.startswith("---") else "---\n{}\n---\n", ignore_metadata_errors=True)
     card.data.library_name, card.data.pipeline_tag = "mlx", "text-generation"
     card.data.tags = sorted({*(card.data.tags or []), "mlx"})
