@@ -1,5 +1,5 @@
-"""utils/report.py: what is read of a run, what the page holds, and that it is whole, bounded and harmless. The page itself
-runs in tests/test_report_browser.py."""
+"""utils/report.py: what is read of a run, what the page holds, and that it is whole, bounded and harmless. The page
+itself runs in tests/test_report_browser.py."""
 
 import base64
 import gzip
@@ -80,18 +80,22 @@ def test_a_broken_line_is_named(tmp_path, line):
 
 
 def test_after_a_restart_only_what_was_logged_last_counts(tmp_path):
-    run = write_metrics(tmp_path, [{"step": s, "reward": s} for s in (0, 1, 2, 3)] + [{"step": s, "reward": 10 * s} for s in (2, 3)])
+    again = [{"step": s, "reward": 10 * s} for s in (2, 3)]
+    run = write_metrics(tmp_path, [{"step": s, "reward": s} for s in (0, 1, 2, 3)] + again)
     assert summary(run)["steps"] == [0, 1, 2, 3]
     assert summary(run)["metrics"]["reward"] == [0, 1, 20, 30]
-    rows = [{"step": s, "prompt": "p", "completion": f"{s} {turn}"} for turn, steps in enumerate([(1, 2, 3), (2, 3)]) for s in steps]
+    rows = [{"step": step, "prompt": "p", "completion": f"{step} {turn}"}
+            for turn, steps in enumerate([(1, 2, 3), (2, 3)]) for step in steps]
     (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [c[4] for c in report([run], tmp_path / "r.html")[3]] == ["1 0", "3 1", "2 1"]
 
 
 def test_unknown_keys_nulls_and_values_that_are_not_finite_are_tolerated(tmp_path):
-    run = write_metrics(tmp_path, [{"step": 0, "reward": None, "kl": float("nan"), "new/one": 3, "flag": True, "text": "a"},
-                                   {"step": 1, "reward": 1.23456789, "kl": float("inf"), "list": [1]}])
-    (run / "completions.jsonl").write_text('{"step": 1}\n{"step": 1, "prompt": "p", "rewards": null, "reward": NaN, "token_texts": ["a"]}\n')
+    run = write_metrics(tmp_path, [
+        {"step": 0, "reward": None, "kl": float("nan"), "new/one": 3, "flag": True, "text": "a"},
+        {"step": 1, "reward": 1.23456789, "kl": float("inf"), "list": [1]}])
+    row = {"step": 1, "prompt": "p", "rewards": None, "reward": float("nan"), "token_texts": ["a"]}
+    (run / "completions.jsonl").write_text('{"step": 1}\n' + json.dumps(row) + "\n")
     _, data, problems, completions = report([run], tmp_path / "r.html")
     assert data["runs"][0]["metrics"] == {"reward": [None, 1.23457], "kl": [None, None], "new/one": [3, None]}
     assert [chart["title"] for chart in data["more"]] == ["new/one"]
@@ -133,7 +137,8 @@ def test_long_runs_are_thinned_and_keep_their_evaluations(tmp_path):
     rows = [{"step": s, "reward": s} | ({"eval/exact_match": s / 9001} if s % 1001 == 0 else {}) for s in range(9001)]
     found = summary(write_metrics(tmp_path, rows))
     assert found["thinned"] == 3 and len(found["steps"]) < 3100 and found["steps"][-1] == 9000
-    assert [v for v in found["metrics"]["eval/exact_match"] if v is not None] == pytest.approx([s / 9001 for s in range(0, 9001, 1001)], abs=1e-5)
+    evaluations = [v for v in found["metrics"]["eval/exact_match"] if v is not None]
+    assert evaluations == pytest.approx([s / 9001 for s in range(0, 9001, 1001)], abs=1e-5)
 
 
 def test_warnings_are_counted_and_told_once():
@@ -149,7 +154,7 @@ def test_warnings_are_counted_and_told_once():
 def test_a_sample_is_spread_evenly_and_keeps_firsts_and_lasts(tmp_path):
     assert spread([0, 1, 2, 3, 4]) == [0, 4, 2, 1, 3] and spread([]) == [] and spread([7]) == [7]
     assert sorted(spread(list(range(37)))) == list(range(37))
-    run = make_run(tmp_path / "run", steps=200, prompts=1, generations=4, problems=150)    # 50 problems come a second time
+    run = make_run(tmp_path / "run", steps=200, prompts=1, generations=4, problems=150)      # 50 come again
     _, data, _, completions = report([run], tmp_path / "r.html", max_completions=400)
     assert len(completions) == 400 and data["runs"][0]["logged"] == 800
     steps = np.array(sorted({c[2] for c in completions}))
@@ -167,8 +172,8 @@ def test_the_page_stays_below_its_size(tmp_path):
     run, rng = write_metrics(tmp_path / "run", [{"step": 1}]), np.random.default_rng(0)
     with open(run / "completions.jsonl", "w") as file:
         for step in range(400):
-            size = 400_000 if step == 0 else 3000
-            file.write(json.dumps({"step": step, "prompt": f"p{step}", "completion": base64.b64encode(rng.bytes(size)).decode()}) + "\n")
+            text = base64.b64encode(rng.bytes(400_000 if step == 0 else 3000)).decode()
+            file.write(json.dumps({"step": step, "prompt": f"p{step}", "completion": text}) + "\n")
     _, _, _, completions = report([run], tmp_path / "r.html", max_mb=0.5)
     assert 400_000 < (tmp_path / "r.html").stat().st_size <= 500_000
     assert 50 < len(completions) < 400 and 0 not in {c[2] for c in completions}
@@ -225,9 +230,10 @@ def test_the_page_is_one_file_that_may_load_nothing(tmp_path):
 
 
 def test_every_metric_is_drawn_once_and_known_ones_under_their_names():
-    keys = ["reward", "reward_std", "rewards/a/mean", "rewards/b/mean", "rewards/a/std", "eval/exact_match", "kl", "entropy",
-            "completions/mean_length", "completions/min_length", "completions/max_length", "clip_ratio/region_mean",
-            "sampling/sampling_logp_difference/mean", "peak_gb", "rollout_s", "step_time", "my/own"]
+    keys = ["reward", "reward_std", "rewards/a/mean", "rewards/b/mean", "rewards/a/std", "eval/exact_match", "kl",
+            "entropy", "completions/mean_length", "completions/min_length", "completions/max_length",
+            "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean", "peak_gb", "rollout_s",
+            "step_time", "my/own"]
     charts, more = charts_for(keys)
     series = {chart["title"]: chart["series"] for chart in charts}
     assert series["Reward by function"] == {"a": "rewards/a/mean", "b": "rewards/b/mean"}
@@ -235,8 +241,8 @@ def test_every_metric_is_drawn_once_and_known_ones_under_their_names():
     assert series["Time by phase"] == {"rollout": "rollout_s"}
     assert [chart["title"] for chart in more] == ["rewards/a/std", "my/own"]
     assert charts_for(["step_time"])[0][0]["series"] == {"step": "step_time"}       # sft logs no phases
-    wanted = {"Reward by function", "Exact match", "KL to the reference", "Entropy", "Completion length", "Clip fraction",
-              "Sampler-trainer gap", "Memory", "Time by phase"}
+    wanted = {"Reward by function", "Exact match", "KL to the reference", "Entropy", "Completion length",
+              "Clip fraction", "Sampler-trainer gap", "Memory", "Time by phase"}
     assert wanted <= {chart["title"] for chart in CHARTS}
 
 
@@ -258,7 +264,8 @@ def test_follow_writes_anew_when_the_run_goes_on(tmp_path):
                 return
             time.sleep(0.1)
         raise AssertionError("not within 30 s")
-    process = subprocess.Popen([sys.executable, SCRIPT, run, "-o", page, "--follow", "--interval", "0.1"], stdout=subprocess.PIPE)
+    command = [sys.executable, SCRIPT, run, "-o", page, "--follow", "--interval", "0.1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
         wait(lambda: steps() == [0, 1, 2, 3])
         assert json.loads(unpacked(page.read_text(encoding="utf-8"), "data"))["refresh"] == 0.1
@@ -292,8 +299,10 @@ def test_the_svg_is_well_formed_with_a_curve_for_every_metric(tmp_path):
     root = ElementTree.fromstring(text)
     assert root.find("{*}title").text == "a <b>" and "prefers-color-scheme: dark" in text
     shown = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text") if t.get("class") == "title"]
-    assert shown == ["Exact match", "Reward", "Reward by function", "Completion length", "Entropy", "KL to the reference"]
-    curves = [p for p in root.iter("{http://www.w3.org/2000/svg}path") if p.get("stroke") and p.get("class") is None and "L" in p.get("d")]
+    assert shown == ["Exact match", "Reward", "Reward by function", "Completion length", "Entropy",
+                     "KL to the reference"]
+    paths = list(root.iter("{http://www.w3.org/2000/svg}path"))
+    curves = [p for p in paths if p.get("stroke") and p.get("class") is None and "L" in p.get("d")]
     assert len(curves) == 2 + 1 + 2 + 2 + 1 + 1
     xs = [float(x) for x in re.findall(r"[ML]([\d.]+),", curves[2].get("d"))]
     assert xs == sorted(xs) and len(xs) == 60

@@ -1,10 +1,10 @@
 """
-One self-contained HTML page from the files of one or more runs: curves, completions, before and after, health, configuration.
+One self-contained HTML page from the files of one or more runs: curves, completions, before and after, health, options.
 
-    python utils/report.py outputs/run-1 -o report.html
-    python utils/report.py outputs/run-1 outputs/run-2 -o report.html     the runs' curves together, and what differs in their options
-    python utils/report.py outputs/run-1 -o report.html --follow          written anew while the run goes on, until Ctrl-C
-    python utils/report.py outputs/run-1 --svg curves.svg                 the main curves for a README
+    python utils/report.py outputs/a -o report.html
+    python utils/report.py outputs/a outputs/b -o report.html    the runs together, and what differs in their options
+    python utils/report.py outputs/a -o report.html --follow     written anew while the run goes on, until Ctrl-C
+    python utils/report.py outputs/a --svg curves.svg            the main curves for a README
 
 The page opens from the disk, loads nothing and sends nothing. It is made from the run's files alone (docs/report.md).
 """
@@ -53,6 +53,12 @@ def open_runs(run_dirs):
     return [Run(directory, name, problems) for directory, name in zip(run_dirs, run_names(run_dirs))]
 
 
+def content_hash(template, tag):
+    """What the page's Content-Security-Policy allows to run: its own script and style, whatever a completion holds."""
+    content = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
+    return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+
 def page(runs, refresh, max_completions, max_mb):
     """(HTML text, completions in it). refresh: seconds after which the open page loads itself again, 0 = never."""
     for run in runs:
@@ -65,10 +71,8 @@ def page(runs, refresh, max_completions, max_mb):
     template = TEMPLATE.read_text(encoding="utf-8")
     room = int(max_mb * 1e6) - len(template.encode()) - len(data)
     completions, kept = pack_completions(runs, max_completions, room)
-    hashes = {tag: base64.b64encode(hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1].encode()).digest())
-              .decode() for tag in ("style", "script")}     # the page may run its own script and no other, whatever a completion holds
     parts = {"TITLE": escape(", ".join(run.name for run in runs)), "DATA": data, "COMPLETIONS": completions,
-             "STYLE_HASH": hashes["style"], "SCRIPT_HASH": hashes["script"]}
+             "STYLE_HASH": content_hash(template, "style"), "SCRIPT_HASH": content_hash(template, "script")}
     return re.sub("@@([A-Z_]+)@@", lambda found: parts[found[1]], template), kept
 
 
@@ -86,9 +90,11 @@ def write_file(file, content):
         raise UserError(f"can't write {file}: {error.strerror}; choose another place") from error
 
 
-def write_report(run_dirs, output, follow=False, *, max_completions=MAX_COMPLETIONS, max_mb=MAX_MB, interval=INTERVAL, say=print):
+def write_report(run_dirs, output, follow=False, *, max_completions=MAX_COMPLETIONS, max_mb=MAX_MB, interval=INTERVAL,
+                 say=print):
     """Write the page for these run directories to `output`. follow: again whenever a file has changed, looking every
-    `interval` seconds, until Ctrl-C. Raises UserError where a directory holds no run or a file can't be read or written."""
+    `interval` seconds, until Ctrl-C. say: gets a line about each page. Raises UserError where a directory holds no run,
+    or a file can't be read or written."""
     runs = open_runs(run_dirs)
     def write(refresh):
         content, kept = page(runs, refresh, max_completions, max_mb)
@@ -110,12 +116,15 @@ def write_report(run_dirs, output, follow=False, *, max_completions=MAX_COMPLETI
 
 def add_arguments(parser):
     parser.add_argument("run", nargs="+", help="a run's directory; several are drawn together")
-    parser.add_argument("-o", "--output", metavar="FILE", help="the page (default: report.html, unless --svg or --png is given)")
+    parser.add_argument("-o", "--output", metavar="FILE",
+                        help="the page (default: report.html, unless --svg or --png is given)")
     parser.add_argument("--follow", action="store_true", help="write it anew while the run goes on, until Ctrl-C")
-    parser.add_argument("--interval", type=float, default=INTERVAL, metavar="S", help=f"seconds between looks with --follow (default: {INTERVAL})")
+    parser.add_argument("--interval", type=float, default=INTERVAL, metavar="S",
+                        help=f"seconds between looks with --follow (default: {INTERVAL})")
     parser.add_argument("--completions", type=int, default=MAX_COMPLETIONS, metavar="N",
                         help=f"embed a sample of at most so many (default: {MAX_COMPLETIONS})")
-    parser.add_argument("--max-mb", type=float, default=MAX_MB, metavar="MB", help=f"size of the page at most (default: {MAX_MB:g})")
+    parser.add_argument("--max-mb", type=float, default=MAX_MB, metavar="MB",
+                        help=f"size of the page at most (default: {MAX_MB:g})")
     parser.add_argument("--svg", metavar="FILE", help="write the main curves as an SVG")
     parser.add_argument("--png", metavar="FILE", help="write the main curves as a PNG (needs matplotlib)")
 

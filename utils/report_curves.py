@@ -9,11 +9,13 @@ from html import escape
 from mlx_grpo import UserError
 
 # series: label -> metric; a "*" in the metric stands for any name, which becomes the label. band: "around" a metric, by
-# another (mean and spread), or "between" two. zero: the axis starts at 0. stack: of the metric `total`, the rest is "other".
+# another (mean and spread), or "between" two. zero: the axis starts at 0. total: the series are parts of it,
+# and "other" is the rest.
 CHARTS = [
     {"title": "Reward", "note": "weighted sum, mean ± standard deviation",
      "series": {"mean": "reward"}, "band": ["around", "reward", "reward_std"]},
-    {"title": "Reward by function", "note": "mean of each function, before weighting", "series": {"*": "rewards/*/mean"}},
+    {"title": "Reward by function", "note": "mean of each function, before weighting",
+     "series": {"*": "rewards/*/mean"}},
     {"title": "Exact match", "note": "share of problems answered right", "zero": True,
      "series": {"held out": "eval/exact_match", "training subset": "eval_train/exact_match"}},
     {"title": "Groups without a signal", "note": "share of groups with equal rewards, which teach nothing",
@@ -23,13 +25,15 @@ CHARTS = [
      "band": ["between", "completions/min_length", "completions/max_length"]},
     {"title": "Cut at the length limit", "note": "share of completions without an end token", "zero": True,
      "series": {"share": "completions/clipped_ratio"}},
-    {"title": "KL to the reference", "note": "nats per token; 0 where kl_coeff is 0", "zero": True, "series": {"kl": "kl"}},
+    {"title": "KL to the reference", "note": "nats per token; 0 where kl_coeff is 0", "zero": True,
+     "series": {"kl": "kl"}},
     {"title": "Entropy", "note": "nats per token; near 0 nothing new is tried",
      "zero": True, "series": {"entropy": "entropy"}},
     {"title": "Clip fraction", "note": "share of tokens whose ratio was clipped", "zero": True,
      "series": {"either": "clip_ratio/region_mean", "low": "clip_ratio/low_mean", "high": "clip_ratio/high_mean"}},
     {"title": "Sampler-trainer gap", "note": "of a token's log-prob, sampled against trained, nats",
-     "zero": True, "series": {"mean": "sampling/sampling_logp_difference/mean", "max": "sampling/sampling_logp_difference/max"}},
+     "zero": True, "series": {"mean": "sampling/sampling_logp_difference/mean",
+                              "max": "sampling/sampling_logp_difference/max"}},
     {"title": "Gradient norm", "note": "before clipping", "zero": True, "series": {"norm": "grad_norm"}},
     {"title": "Loss", "note": "near 0 on policy whatever is learnt: watch the reward", "series": {"loss": "loss"}},
     {"title": "Learning rate", "note": "of the update", "zero": True, "series": {"rate": "learning_rate"}},
@@ -62,7 +66,7 @@ def charts_for(keys):
         used |= set(series.values()) | set(wanted)
         if series:
             band = chart.get("band") if all(key in keys for key in chart.get("band", [])[1:]) else None
-            charts.append(chart | {"series": series, "band": band, "named": any("*" in m for m in chart["series"].values())})
+            charts.append(chart | {"series": series, "band": band, "named": "*" in chart["series"]})
     more = [{"title": key, "note": "", "series": {key: key}} for key in keys if key not in used | {"epoch"}]
     return charts, more
 
@@ -97,7 +101,8 @@ def panels(runs, count=6):
             for s, (label, key) in enumerate(chart["series"].items()):
                 points = [(step, v) for step, v in zip(run["steps"], run["metrics"].get(key, [])) if v is not None]
                 if any(v for _, v in points):
-                    name = label if len(runs) == 1 else run["name"] if len(chart["series"]) == 1 else f"{run['name']} {label}"
+                    several = f"{run['name']} {label}" if len(chart["series"]) > 1 else run["name"]
+                    name = label if len(runs) == 1 else several
                     smoothed = list(zip([step for step, _ in points], smooth([v for _, v in points])))
                     lines.append((name, (s if len(runs) == 1 else r) % len(COLORS), points, smoothed))
         if lines:
@@ -118,8 +123,11 @@ def limits(chart, lines):
 
 
 WIDTH, HEIGHT, LEFT, TOP = 320, 210, 42, 44       # of a panel and the margins of its axes, in pixels
-SVG_STYLE = """text { font: 11px system-ui, sans-serif; fill: #57606a } .title { font-size: 13px; font-weight: 600; fill: #1f2328 }
-.grid { stroke: #d0d7de; stroke-width: .5 } path { fill: none; stroke-width: 1.6; stroke-linejoin: round } .raw { opacity: .25; stroke-width: 1 }
+SVG_STYLE = """text { font: 11px system-ui, sans-serif; fill: #57606a }
+.title { font-size: 13px; font-weight: 600; fill: #1f2328 }
+path { fill: none; stroke-width: 1.6; stroke-linejoin: round }
+.raw { opacity: .25; stroke-width: 1 }
+.grid { stroke: #d0d7de; stroke-width: .5 }
 @media (prefers-color-scheme: dark) { text { fill: #9198a1 } .title { fill: #f0f6fc } .grid { stroke: #3d444d } }"""
 
 
@@ -156,8 +164,8 @@ def curves_svg(runs):
     parts = [part for i, (chart, lines) in enumerate(shown)
              for part in svg_panel(chart, lines, i % columns * WIDTH, i // columns * HEIGHT)]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
-    return "\n".join([head, f"<title>{escape(', '.join(run['name'] for run in runs))}</title>", f"<style>{SVG_STYLE}</style>",
-                      *parts, "</svg>", ""])
+    title = escape(", ".join(run["name"] for run in runs))
+    return "\n".join([head, f"<title>{title}</title>", f"<style>{SVG_STYLE}</style>", *parts, "</svg>", ""])
 
 
 def curves_png(runs, file):

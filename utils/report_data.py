@@ -1,6 +1,6 @@
 """
-Reads the files of training runs for utils/report.py: config.json, metrics.jsonl, completions.jsonl and, where there is one,
-eval_completions.jsonl. Nothing of a run is changed, and the texts of its completions are never all in memory.
+Reads the files of training runs for utils/report.py: config.json, metrics.jsonl, completions.jsonl and, where there is
+one, eval_completions.jsonl. Nothing of a run is changed, and the texts of its completions are never all in memory.
 """
 
 import base64
@@ -15,7 +15,7 @@ from pathlib import Path
 from mlx_grpo import UserError
 
 MAX_POINTS = 4000          # steps of a run in the page; longer runs are thinned to every 2nd, 3rd, ... step
-PAIRED = {"train": 24, "eval": 200}    # problems whose first and last completions are always taken, for before and after
+PAIRED = {"train": 24, "eval": 200}    # problems whose first and last completions come first, for before and after
 COLUMNS = {"step", "prompt", "answer", "completion", "rewards", "reward", "advantage", "length", "ended", "split",
            "correct", "token_ids", "token_texts", "token_logprobs"}       # of a completion; others are its extras
 
@@ -25,14 +25,14 @@ def parse(line, where):
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); remove the line, or the run's writer was broken off there") from error
+        raise UserError(f"{where}: not JSON ({error}); remove the line if the run was broken off there") from error
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise UserError(f'{where}: expected an object with a whole number as "step", got {line[:60]!r}')
     return row
 
 
 def whole_lines(file, start=0):
-    """(offset, line) of the lines that end in a newline, from byte `start`: the last may be in the middle of being written."""
+    """(offset, line) of the lines that end in a newline, from byte `start`: the last one may not be written out yet."""
     with open(file, "rb") as handle:
         handle.seek(start)
         for line in handle:
@@ -50,7 +50,7 @@ def number(x, digits=6):
 class Rows:
     """Where the rows of a completions file lie, by group; read again from where it stopped when the file has grown.
 
-    groups: (step, problem) -> byte offsets. problems: shared by all files, the digest of prompt and answer -> its number."""
+    groups: (step, problem) -> byte offsets. problems: shared by all files, digest of prompt and answer -> number."""
 
     def __init__(self, file, split, problems):
         self.file, self.split, self.problems = Path(file), split, problems
@@ -73,8 +73,8 @@ class Rows:
             if row["step"] < self.last_step:      # the run was started again from an earlier step
                 self.groups = {key: rows for key, rows in self.groups.items() if key[0] < row["step"]}
             self.last_step, self.offset = row["step"], offset + len(line)
-            digest = hashlib.blake2b(json.dumps([row.get("prompt"), row.get("answer")]).encode(), digest_size=16).digest()
-            problem = self.problems.setdefault(digest, len(self.problems))
+            text = json.dumps([row.get("prompt"), row.get("answer")])
+            problem = self.problems.setdefault(hashlib.sha256(text.encode()).digest(), len(self.problems))
             self.groups.setdefault((row["step"], problem), []).append(offset)
 
     def read(self, offsets):
@@ -92,7 +92,7 @@ class Run:
         self.directory, self.name = Path(directory), name
         self.metrics_file = self.directory / "metrics.jsonl"
         if not self.metrics_file.is_file():
-            raise UserError(f"no run in {directory} (looked for metrics.jsonl); give the directory that `train` printed")
+            raise UserError(f"no run in {directory} (looked for metrics.jsonl); give a directory that `train` wrote")
         self.completions = [Rows(self.directory / "completions.jsonl", "train", problems),
                             Rows(self.directory / "eval_completions.jsonl", "eval", problems)]
 
@@ -111,7 +111,7 @@ class Run:
         return record if isinstance(record, dict) else {}
 
     def metrics(self):
-        """The metrics by step, oldest first; where a run was started again from an earlier step, only what was logged last."""
+        """The metrics of each step, oldest first; of a step that was done again after a restart, only the last ones."""
         rows = {}
         for i, (_, line) in enumerate(whole_lines(self.metrics_file), 1):
             row = parse(line, f"{self.metrics_file} line {i}")
