@@ -67,6 +67,7 @@ def wrong_values(name):
              "bool": [(text, "true or false"), ("1", "true or false")], "dict": [(text, "table"), ("[1]", "table")],
              "list[str]": [(text, "list"), ("[1]", "list")],
              "list[float]": [("1.0", "list"), ('["a"]', "list"), ("[true]", "list"), ("[nan]", "finite")],
+             "int | list[int]": [(text, "whole"), ("1.5", "whole"), ("true", "whole")],
              "bool | str": [("2", "true, false"), ("1.5", "true, false")]}[kind]
     if rule["choices"]:
         wrong.append(('"x"' if "str" in kind else "1", "one of"))
@@ -110,7 +111,7 @@ def test_a_typo_is_refused_with_the_right_name(name):
 @pytest.mark.parametrize("theirs, ours", [
     ("beta", "kl_coeff"), ("epsilon", "clip_eps"), ("epsilon_high", "clip_eps_high"), ("group_size", "num_generations"),
     ("num_train_epochs", "num_epochs"), ("per_device_train_batch_size", "batch_size"), ("reward_funcs", "rewards"),
-    ("torch_dtype", "dtype"), ("warmup_steps", "warmup_ratio"), ("model_name_or_path", "model_name"),   # TRL
+    ("torch_dtype", "dtype"), ("model_name_or_path", "model_name"),   # TRL
     ("clip_ratio", "clip_eps"), ("clip_ratio_high", "clip_eps_high"), ("kl_loss_coef", "kl_coeff"),
     ("n", "num_generations"),
     ("total_epochs", "num_epochs"), ("max_response_length", "max_completion_length"), ("save_freq", "save_steps"),
@@ -120,8 +121,7 @@ def test_a_typo_is_refused_with_the_right_name(name):
     ("model", "model_name"),
     ("save_every", "save_steps"), ("grpo_loss_type", "loss_type"), ("reward_functions", "rewards"),
     ("lr_schedule", "lr_scheduler_type"),
-    ("max_seq_length", "max_prompt_length"), ("val_batches", "eval_samples"),
-    ("adapter_path", "output_dir")])   # mlx-lm-lora
+    ("max_seq_length", "max_prompt_length")])   # mlx-lm-lora
 def test_the_names_of_other_trainers_are_answered_with_ours(theirs, ours):
     assert refusal(f"{theirs}=1") == f"--set {theirs}=1: unknown option {theirs!r}; here it is called {ours!r}"
 

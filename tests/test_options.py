@@ -162,6 +162,7 @@ rows_per_step = of_run(lambda run: Counter(r["step"] for r in run.completions))
 step_count = of_run(lambda run: run.trainer.step_count)
 old_policy = of_run(lambda run: [(name, a.shape) for name, a in tree_flatten(run.trainer.model_old.parameters())])
 trainable = of_run(lambda run: sum(a.size for _, a in tree_flatten(run.trainer.learner.master)))
+advantages = of_run(lambda run: [r["advantage"] for r in run.completions])
 rates = logged("learning_rate")
 LOCAL = dict(dataset="rows.jsonl", eval_samples=100)
 HUB = dict(dataset="some/data", eval_samples=100)
@@ -197,6 +198,21 @@ TABLE = {
     "rollout_bits": (old_policy, 8, {"quantize_for_rollouts": True, "rollout_group_size": 32}),
     "rollout_group_size": (old_policy, 32, {"quantize_for_rollouts": True}),
     "update_every": (sampled, 3, {"max_steps": 3, "learning_rate": 0.02}),
+    "top_p": (sampled, 0.1, {}), "top_k": (sampled, 2, {}), "min_p": (sampled, 0.9, {}),
+    "repetition_penalty": (sampled, 9.0, {}),
+    "stop": (sampled, ["a", "e", "i", "\ufffd"], {}), "response_prefix": (sampled, "<reasoning>", {}),
+    "advantage": (advantages, "rloo", {}), "normalize_advantages": (advantages, True, {"advantage": "rloo"}),
+    "overlong_cache": (logged("reward"), 6, {}),
+    "importance_sampling_level": (logged("clip_ratio/low_mean", "loss"), "sequence", MOVING),
+    "num_iterations": (moved, 2, {"max_steps": 2}), "minibatches": (moved, 2, {"max_steps": 2}),
+    "delta": (moved, 1.21, MOVING | {"learning_rate": 0.2}),
+    "sapo_temperature_pos": (moved, 3.0, MOVING | {"loss_type": "sapo"}),
+    "sapo_temperature_neg": (moved, 3.0, MOVING | {"loss_type": "sapo"}),
+    "kl_in": (logged("reward", "loss"), "reward", MOVING | {"kl_coeff": 0.5, "kl_estimator": "k1"}),
+    "ref_sync_steps": (logged("kl"), 1, MOVING | {"kl_coeff": 0.5}),
+    "ref_sync_mix": (logged("kl"), 0.1, MOVING | {"kl_coeff": 0.5, "ref_sync_steps": 1}),
+    "entropy_coef": (moved, 0.5, {}), "entropy_adaptive": (moved, True, {"max_steps": 3, "entropy_target": 20.0}),
+    "top_entropy_quantile": (moved, 0.3, {}),
     "rewards": (of_run(lambda run: run.completions[0]["rewards"].keys()), ["int", EVEN_SHARE], {}),
     "reward_weights": (logged("reward"), [1.0, 3.0], {}),
     "on_reward_error": (outcome, "skip", {"rewards": ["broken.py:broken", EVEN_SHARE]}),
