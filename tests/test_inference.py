@@ -15,10 +15,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, require
-from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import load_tokenizer
 from nanochat_fixtures import STORED, converted, folder
-from tiny_hf import CHATML, edit_json, random_tokens, save_tiny, save_tokenizer
+from tiny_hf import CHATML, edit_json, random_tokens, save_adapter, save_tiny, save_tokenizer
 
 from mlx_grpo import UserError
 from mlx_grpo import inference as program
@@ -389,28 +388,15 @@ def test_a_text_file_is_one_prompt_a_line(tmp_path):
 
 # ---- adapters and quantisation ----
 
-def save_adapter(path, model, kind="lora"):
-    """A random mlx-lm adapter of `model` (which gets it too)."""
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-    path.mkdir()
-    settings = {"rank": 4, "scale": 2.0, "dropout": 0.0}
-    if kind == "lora":
-        model.freeze()
-        linear_to_lora_layers(model, 2, settings)
-    mx.random.seed(5)
-    model.update(tree_map(lambda a: a + 0.1 * mx.random.normal(a.shape), model.trainable_parameters()))
-    mx.save_safetensors(str(path / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
-    config = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": settings}
-    (path / "adapter_config.json").write_text(json.dumps(config))
-
-
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_an_adapter_gives_the_model_that_it_was_saved_from(kind, qwen_path, tmp_path):
     trained, _ = open_model(str(qwen_path))
     tokens = mx.array(random_tokens(1, 20))
     before = trained(tokens)
-    save_adapter(tmp_path / "a", trained, kind)
+    save_adapter(tmp_path / "a", trained, kind, base=str(qwen_path))
     loaded, _ = open_model(str(qwen_path), adapter=tmp_path / "a")
+    by_itself, _ = open_model(str(tmp_path / "a"))
+    assert mx.array_equal(by_itself(tokens), loaded(tokens))
     assert mx.abs(loaded(tokens) - trained(tokens)).max().item() < 1e-5 < mx.abs(before - trained(tokens)).max().item()
     quantized, _ = open_model(str(qwen_path), adapter=tmp_path / "a", quantize=8)
     near = mx.abs(quantized(tokens) - trained(tokens)).max().item()

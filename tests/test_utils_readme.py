@@ -10,9 +10,10 @@ import sys
 
 import pytest
 from conftest import ROOT
-from tiny_hf import CHATML, save_tiny, save_tokenizer
+from tiny_hf import CHATML, save_adapter, save_tiny, save_tokenizer
 
 from mlx_grpo import convert_model, inference
+from mlx_grpo.checked_load import load_checked
 
 README = (ROOT / "utils" / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
@@ -27,6 +28,7 @@ def workplace(tmp_path_factory):
         (path / name).symlink_to(ROOT / name)
     save_tiny(path / "hf_model", "qwen3", hidden_size=64, intermediate_size=128, vocab_size=300, eos_token_id=3)
     save_tokenizer(path / "hf_model", CHATML, every_byte=True)
+    save_adapter(path / "adapter", load_checked(path / "hf_model")[0])
     return path
 
 

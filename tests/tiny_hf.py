@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from conftest import require
+from mlx.utils import tree_flatten, tree_map
 
 SHAPE = dict(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -98,3 +99,18 @@ def edit_json(path, **changes):
     value = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
     return value
+
+
+def save_adapter(path, model, kind="lora", base="hf_model"):
+    """A random mlx-lm adapter ("lora" or "full") of an MLX model (which gets it too)."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    path.mkdir()
+    settings = {"rank": 4, "scale": 2.0, "dropout": 0.0}
+    if kind == "lora":
+        model.freeze()
+        linear_to_lora_layers(model, 2, settings)
+    mx.random.seed(5)
+    model.update(tree_map(lambda a: a + 0.1 * mx.random.normal(a.shape), model.trainable_parameters()))
+    mx.save_safetensors(str(path / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
+    config = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": settings, "model": base}
+    (path / "adapter_config.json").write_text(json.dumps(config))
