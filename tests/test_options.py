@@ -213,6 +213,8 @@ TABLE = {
     "ref_sync_mix": (logged("kl"), 0.1, MOVING | {"kl_coeff": 0.5, "ref_sync_steps": 1}),
     "entropy_coef": (moved, 0.5, {}), "entropy_adaptive": (moved, True, {"max_steps": 3, "entropy_target": 20.0}),
     "top_entropy_quantile": (moved, 0.3, {}),
+    "entropy_target": (moved, 20.0, {"max_steps": 3, "entropy_adaptive": True}),
+    "entropy_step": (moved, 0.5, {"max_steps": 3, "entropy_adaptive": True, "entropy_target": 20.0}),
     "rewards": (of_run(lambda run: run.completions[0]["rewards"].keys()), ["int", EVEN_SHARE], {}),
     "reward_weights": (logged("reward"), [1.0, 3.0], {}),
     "on_reward_error": (outcome, "skip", {"rewards": ["broken.py:broken", EVEN_SHARE]}),
