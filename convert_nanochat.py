@@ -26,6 +26,7 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx_grpo import UserError, nanochat_folders, nanochat_model, nanochat_verify, run_command  # noqa: E402
 from mlx_grpo import nanochat_checkpoint as checkpoint  # noqa: E402
+from mlx_grpo.hub_files import hub_trouble  # noqa: E402
 from mlx_grpo.nanochat_checkpoint import write_json  # noqa: E402
 from mlx_grpo.files import atomic_directory, check_free_space, human_bytes, sha256  # noqa: E402
 from mlx_grpo.nanochat_tokenizer import BOS, EOS, special_token_ids, write_tokenizer  # noqa: E402
@@ -41,36 +42,31 @@ BUILT_IN_SOFTCAP = 15.0          # mlx-lm's own nanochat model, the first genera
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 def download(repo, step, cache_dir):
-    """The local snapshot of a hub repository, its newest (or the given) checkpoint downloaded where it is missing."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    """The local snapshot of a hub repository with its newest (or the given) checkpoint, downloaded where it is missing
+    and the disk has room. Where the hub can't be reached, the copy in the cache does, and it is said."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import DryRunError, HFValidationError, HTTPError
 
-    unreachable = (HfHubHTTPError, LocalEntryNotFoundError, OSError)
     try:
-        names = HfApi().list_repo_files(repo)
-    except HFValidationError as error:
-        raise UserError(f"--repo {repo!r}: not a hub repository's name, like sdobson/nanochat") from error
-    except unreachable as error:
         try:
-            local = Path(snapshot_download(repo, cache_dir=cache_dir, local_files_only=True))
-        except (LocalEntryNotFoundError, OSError):
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--repo {repo}: not in the cache, and the hub did not give it ({reason}); check the name, "
-                            "the connection, or `hf auth login` for a gated one") from error
-        print(f"{repo}: the hub can't be reached, using the copy in the cache")
-        return local
-    steps = {nanochat_folders.step_of(Path(name)): name for name in names}
-    steps.pop(None, None)                                            # files of another kind
-    if not steps or (step is not None and step not in steps):
-        raise UserError(f"--repo {repo}: no model_<step>.pt" + (f" of step {step}" if step is not None else "") +
-                        f" there (it has {', '.join(sorted(steps.values())) or 'none'})")
-    model = steps[max(steps) if step is None else step]
-    wanted = [model, model.replace("model_", "meta_").replace(".pt", ".json"), "tokenizer.pkl"]
-    try:
+            listed = snapshot_download(repo, cache_dir=cache_dir, dry_run=True,
+                                       allow_patterns=["model_*.pt", "meta_*.json", "tokenizer.pkl"])
+        except DryRunError:
+            local = Path(snapshot_download(repo, cache_dir=cache_dir, allow_patterns="tokenizer.pkl"))
+            print(f"{repo}: the hub can't be reached, using the copy in the cache")
+            return local
+        steps = {nanochat_folders.step_of(Path(file.filename)): file.filename for file in listed}
+        steps.pop(None, None)                                            # files of another kind
+        if not steps or (step is not None and step not in steps):
+            raise UserError(f"--repo {repo}: no model_<step>.pt" + (f" of step {step}" if step is not None else "") +
+                            f" there (it has {', '.join(sorted(steps.values())) or 'none'})")
+        model = steps[max(steps) if step is None else step]
+        wanted = [model, model.replace("model_", "meta_").replace(".pt", ".json"), "tokenizer.pkl"]
+        missing = sum(file.file_size or 0 for file in listed if file.filename in wanted and file.will_download)
+        check_free_space(cache_dir or constants.HF_HUB_CACHE, missing, f"downloading {repo}")
         return Path(snapshot_download(repo, cache_dir=cache_dir, allow_patterns=wanted))
-    except unreachable as error:
-        raise UserError(f"--repo {repo}: the download broke off ({str(error).strip().splitlines()[0]}); run it again, "
-                        "it goes on where it stopped") from error
+    except (HFValidationError, HTTPError, OSError) as error:
+        raise UserError(f"--repo {repo}: {hub_trouble(error)}") from error
 
 
 def read_source(files, logit_softcap):
@@ -130,8 +126,9 @@ def write_weights(path, tensors, layout, mapping, dtype, quantization):
                 data = mx.array(tensor.numpy(first, min(first + band, rows)))
                 values = (data.view(mx.bfloat16) if tensor.dtype == "bfloat16" else data).astype(dtype)
                 if not mx.isfinite(values).all().item():
-                    raise UserError(f"{tensor.path}: {name} has numbers that are not finite as {str(dtype).split('.')[-1]}"
-                                    ": a diverged run, or too large for that --dtype")
+                    kind = str(dtype).split(".")[-1]
+                    raise UserError(f"{tensor.path}: {name} has numbers that are not finite as {kind}: a diverged run, "
+                                    "or too large for that --dtype")
                 if not mapping[name]["quantized"]:
                     file.write(new, first, to_numpy(values))
                     continue

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ROOT, require
+from fake_hub import fake_hub
 from mlx.utils import tree_flatten
 from mlx_grpo import UserError, nanochat_folders, nanochat_verify
 from mlx_grpo import nanochat_checkpoint as checkpoint
@@ -390,35 +391,27 @@ def test_a_hub_cache_gives_the_snapshot_that_its_main_branch_names(tmp_path):
     assert found(tmp_path)[0].model.parent.name in (old, new)
 
 
-def test_repo_downloads_only_what_is_needed(tmp_path, monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-    files = ["README.md", "model_000100.pt", "meta_000100.json", "model_000650.pt", "meta_000650.json",
-             "optim_000650.pt", "tokenizer.pkl", "token_bytes.pt"]
-    asked = []
-
-    def snapshot_download(repo, cache_dir=None, allow_patterns=None, local_files_only=False):
-        if local_files_only and not (tmp_path / "cached").exists():
-            raise LocalEntryNotFoundError("nothing")
-        asked.append(allow_patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo: files)
-    assert convert_nanochat.download("sdobson/nanochat", None, None) == tmp_path
-    convert_nanochat.download("sdobson/nanochat", 100, None)
-    assert asked == [["model_000650.pt", "meta_000650.json", "tokenizer.pkl"],
-                     ["model_000100.pt", "meta_000100.json", "tokenizer.pkl"]]
-    with pytest.raises(UserError, match="no model_<step>.pt of step 7"):
-        convert_nanochat.download("sdobson/nanochat", 7, None)
-
-    def offline(self, repo):
-        raise ConnectionError("no network")
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
-    with pytest.raises(UserError, match="not in the cache, and the hub did not give it .no network."):
-        convert_nanochat.download("sdobson/nanochat", None, None)
-    (tmp_path / "cached").touch()
-    assert convert_nanochat.download("sdobson/nanochat", None, None) == tmp_path
+def test_repo_downloads_one_checkpoint_and_needs_the_hub_only_once(tmp_path):
+    """From a stand-in for the hub on localhost: two steps and an optimizer there, one step taken; then without it."""
+    repository = shutil.copytree(folder("gen5"), tmp_path / "repository", ignore=shutil.ignore_patterns("reference"))
+    for kind in ("model_003000.pt", "meta_003000.json"):
+        shutil.copy(repository / kind, repository / kind.replace("003000", "000100"))
+    with fake_hub({"me/nano": repository}, tmp_path / "hub", sizes={"model_000100.pt": 10**15}) as (_, environment):
+        code, out, err = run("--repo", "me/nano", "--output-dir", tmp_path / "a", "--no-verify", env=environment)
+        assert code == 0, err
+        snapshot = next((tmp_path / "hub/hub/models--me--nano/snapshots").iterdir())
+        assert {path.name for path in snapshot.iterdir()} == {"meta_003000.json", "model_003000.pt", "tokenizer.pkl"}
+        assert json.loads((tmp_path / "a/conversion.json").read_text())["source"]["repo"] == "me/nano"
+        for arguments, reason in [(["me/nano", "--step", 7], "no model_<step>.pt of step 7"),
+                                  (["me/none"], "no such model"), (["gated/nano"], "gated")]:
+            code, _, err = run("--repo", *arguments, "--output-dir", tmp_path / "b", env=environment)
+            assert code == 2 and reason in err and err.count("\n") == 1, err
+    offline = {**environment, "HF_HUB_OFFLINE": "1"}
+    code, out, err = run("--repo", "me/nano", "--output-dir", tmp_path / "c", "--no-verify", env=offline)
+    assert code == 0 and "using the copy in the cache" in out, err
+    code, _, err = run("--repo", "me/other", "--output-dir", tmp_path / "d", env=offline)
+    assert code == 2 and "the hub's cache doesn't have it" in err
+    assert not any((tmp_path / name).exists() for name in "bd")
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -519,7 +512,7 @@ def test_generations_are_never_taken_for_each_other(tmp_path):
     (["--bits", "4"], "need -q"), (["--logit-softcap", "-3"], "positive"), (["--logit-softcap", "nan"], "positive"),
     (["--to-pytorch", "x", "-q"], "--quantize has no meaning"), (["--to-pytorch", "x", "--no-verify"], "--verify"),
     (["--to-pytorch", "x", "--cache-dir", "y"], "--cache-dir has no meaning"), (["--step", "-1"], "0 or more"),
-    (["--cache-dir", "nowhere"], "no such directory"), (["--repo", "not/a/name"], "not a hub repository"),
+    (["--cache-dir", "nowhere"], "no such directory"), (["--repo", "not/a/name"], "not a name that the hub"),
     (["--cache-dir", str(folder("gen5")), "--tokenizer", str(folder("gen3") / "tokenizer.pkl")], "has 600 tokens"),
 ])
 def test_options_that_make_no_sense_are_refused_by_name(tmp_path, monkeypatch, arguments, reason):
