@@ -1815,7 +1815,32 @@ def find_loss(loss_type):
     if loss_type in LOSSES:
         return LOSSES[loss_type]
     function = load_symbol(loss_type, "loss_type")
-    return function, LOSSES[vars(function).get("weights", "dapo")][1]
+    weights = vars(function).get("weights", "dapo") if callable(function) else None
+    if weights not in LOSSES:
+        raise ConfigError(f"loss_type {loss_type!r}: expected a function of Terms whose attribute `weights`, if any, is one of "
+                          f"{', '.join(LOSSES)}")
+    return function, LOSSES[weights][1]
+
+
+def check_loss(loss_type):
+    """Raises ConfigError for a user's loss that fails, or whose value changes when a batch is split: rows that look at
+    each other would make the update depend on batch_size."""
+    objective, _ = find_loss(loss_type)
+    x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32) * 0.3
+    old, logprobs, mask = mx.array(x[0]) - 1, mx.array(x[1]) - 1, mx.array((np.arange(5) < [[5], [3], [2], [4]]).astype(np.float32))
+    def value(rows):
+        log_ratio = (logprobs - old)[rows] * mask[rows]
+        A = mx.array(x[2, :, :1])[rows]
+        return mx.broadcast_to(objective(Terms(logprobs[rows], log_ratio, mx.exp(log_ratio), A, mask[rows], 0.2, 0.2)), mask[rows].shape)
+    try:
+        whole, parts = value(slice(0, 4)), mx.concatenate([value(slice(0, 1)), value(slice(1, 4))])
+        same = mx.allclose(whole * mask, parts * mask, atol=1e-5).item()
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"loss_type {loss_type!r}: {type(error).__name__}: {error}; it takes Terms and returns (B, T) or "
+                          "(B, 1)") from error
+    if not same:
+        raise ConfigError(f"loss_type {loss_type!r} gives other values when a batch is split, so the update would depend on "
+                          "batch_size; a row may only look at itself")
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss_type, clip_eps, clip_eps_high, kl_coeff,
@@ -2070,6 +2095,7 @@ class MLXGRPOTrainer:
     def __init__(self, model, tokenizer, reward_funcs, args, train_dataset, eval_dataset=None, *, rollout_func=None,
                  teacher=None, callbacks=(), run_dir=None):
         self.args, self.tokenizer, self.callbacks = args, tokenizer, callbacks
+        check_loss(args.loss_type)
         self.scorer = Scorer(find_rewards(reward_funcs), args.reward_weights, args.on_reward_error, args.max_reward_errors)
         self.train_dataset = fitting_problems(as_problems(train_dataset, args), tokenizer, args)
         self.eval_dataset = fitting_problems(as_problems(eval_dataset or [], args), tokenizer, args)
@@ -2876,6 +2902,12 @@ def train_command(args):
           f"{trainer.total_steps} steps of {config.prompts_per_step} prompts"
           + (f" x {config.num_generations}" if args.command == "train" else "") + f" | {run_dir}", flush=True)
     print(trainer.learner.description(), flush=True)
+    if args.command != "sft":
+        print(f"old log-probs: {old_logprobs_kind(config)} | " + "".join(
+            f"{name} = {asdict(config)[name]!r} (recipe {config.recipe}) | " for name, source in sources.items()
+            if source.startswith("recipe")) + "loss " + config.loss_type, flush=True)
+        for line in options_without_effect(config, sources):
+            print(line, file=sys.stderr)
     if not tokenizer.has_chat_template:
         print("the tokenizer has no chat template: messages are joined as plain text", file=sys.stderr)
     started = time.perf_counter()
