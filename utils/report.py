@@ -77,12 +77,12 @@ def page(runs, refresh, max_completions, max_mb):
 
 
 def write_file(file, content):
-    """Write text under a temporary name and rename it, so that a reader never sees half a page. Raises UserError."""
+    """Write text or bytes under a temporary name and rename it: a reader never sees half a page. Raises UserError."""
     file = Path(file)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
         os.replace(temporary, file)
     except OSError as error:
         if temporary.exists():
@@ -139,7 +139,7 @@ def run_report(args):
         write_file(args.svg, curves_svg(summaries))
         print(args.svg)
     if args.png:
-        curves_png(summaries, args.png)
+        write_file(args.png, curves_png(summaries))
         print(args.png)
     if args.output or not summaries or args.follow:
         write_report(args.run, args.output or "report.html", args.follow, max_completions=args.completions,

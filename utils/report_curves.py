@@ -3,6 +3,7 @@ What the report draws: the charts and which metrics belong to them; and the main
 matplotlib, a PNG for a README.
 """
 
+import io
 import math
 from html import escape
 
@@ -81,7 +82,7 @@ def smooth(values):
     return [sum(part) / len(part) for part in near]
 
 
-def ticks(low, high, count=4):
+def ticks(low, high, count=5):
     """About `count` round numbers from low to high: ticks(0, 0.8) -> [0, 0.2, 0.4, 0.6, 0.8]."""
     raw = (high - low) / count
     scale = 10 ** math.floor(math.log10(raw))
@@ -90,21 +91,23 @@ def ticks(low, high, count=4):
 
 
 def panels(runs, count=6):
-    """[(chart, [(label, color number, [(step, value)], the same smoothed)])] of at most `count` charts for a README;
-    what is 0 throughout is left out. Raises UserError where nothing is left."""
+    """[(chart, [(label, color number, [(step, value)], the same smoothed)])] of at most `count` charts for a README. A
+    line is a metric, or, of several runs, a run with the chart's first metric. What is 0 throughout is left out. Raises
+    UserError where nothing is left."""
     keys = dict.fromkeys(key for run in runs for key in run["metrics"])
     charts = {chart["title"]: chart for chart in charts_for(keys)[0]}
     found = []
     for chart in [charts[title] for title in README if title in charts]:
+        series = list(chart["series"].items())
+        wanted = [(label, runs[0], key) for label, key in series]
+        if len(runs) > 1:
+            wanted = [] if chart["named"] else [(run["name"], run, series[0][1]) for run in runs]
         lines = []
-        for r, run in enumerate(runs):
-            for s, (label, key) in enumerate(chart["series"].items()):
-                points = [(step, v) for step, v in zip(run["steps"], run["metrics"].get(key, [])) if v is not None]
-                if any(v for _, v in points):
-                    several = f"{run['name']} {label}" if len(chart["series"]) > 1 else run["name"]
-                    name = label if len(runs) == 1 else several
-                    smoothed = list(zip([step for step, _ in points], smooth([v for _, v in points])))
-                    lines.append((name, (s if len(runs) == 1 else r) % len(COLORS), points, smoothed))
+        for i, (label, run, key) in enumerate(wanted):
+            points = [(step, v) for step, v in zip(run["steps"], run["metrics"].get(key, [])) if v is not None]
+            if any(v for _, v in points):
+                smoothed = list(zip([step for step, _ in points], smooth([v for _, v in points])))
+                lines.append((label, i % len(COLORS), points, smoothed))
         if lines:
             found.append((chart, lines))
     if not found:
@@ -122,23 +125,40 @@ def limits(chart, lines):
     return min(steps), max(max(steps), min(steps) + 1), low - margin * (low != 0), high + margin
 
 
-WIDTH, HEIGHT, LEFT, TOP = 320, 210, 42, 44       # of a panel and the margins of its axes, in pixels
+WIDTH, HEIGHT, LEFT = 320, 210, 42       # of a panel and the margin of its axis, in pixels
 SVG_STYLE = """text { font: 11px system-ui, sans-serif; fill: #57606a }
 .title { font-size: 13px; font-weight: 600; fill: #1f2328 }
 path { fill: none; stroke-width: 1.6; stroke-linejoin: round }
 .raw { opacity: .25; stroke-width: 1 }
 .grid { stroke: #d0d7de; stroke-width: .5 }
-@media (prefers-color-scheme: dark) { text { fill: #9198a1 } .title { fill: #f0f6fc } .grid { stroke: #3d444d } }"""
+rect { fill: #ffffff }
+@media (prefers-color-scheme: dark) {
+  text { fill: #9198a1 } .title { fill: #f0f6fc } .grid { stroke: #3d444d } rect { fill: #0d1117 }
+}"""
+
+
+def svg_legend(lines, left, top):
+    """(elements, rows): a swatch and a name for each line, as many to a row as fit; none for a single line."""
+    parts, x, row = [], 0, 0
+    for label, color, _, _ in lines if len(lines) > 1 else []:
+        width = 28 + 6.2 * len(label)
+        if x and x + width > WIDTH - LEFT:
+            x, row = 0, row + 1
+        parts += [f'<path stroke="{COLORS[color]}" d="M{left + x:.1f},{top + 14 * row - 4}h10"/>',
+                  f'<text x="{left + x + 14:.1f}" y="{top + 14 * row}">{escape(label)}</text>']
+        x += width
+    return parts, row + 1 if parts else 0
 
 
 def svg_panel(chart, lines, left, top):
     """One chart as SVG elements, its corner at (left, top)."""
     first, last, low, high = limits(chart, lines)
-    width, height = WIDTH - LEFT - 16, HEIGHT - TOP - 26
-    x = lambda step: left + LEFT + (step - first) / (last - first) * width
-    y = lambda value: top + TOP + (1 - (value - low) / (high - low)) * height
+    legend, rows = svg_legend(lines, left + LEFT, top + 33)
+    upper, lower = top + 30 + 14 * rows, top + HEIGHT - 26
+    x = lambda step: left + LEFT + (step - first) / (last - first) * (WIDTH - LEFT - 16)
+    y = lambda value: lower - (value - low) / (high - low) * (lower - upper)
     path = lambda points: "M" + "L".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-    parts = [f'<text class="title" x="{left + LEFT}" y="{top + 16}">{escape(chart["title"])}</text>']
+    parts = [f'<text class="title" x="{left + LEFT}" y="{top + 16}">{escape(chart["title"])}</text>', *legend]
     for value in ticks(low, high):
         parts += [f'<path class="grid" d="M{x(first):.1f},{y(value):.1f}H{x(last):.1f}"/>',
                   f'<text x="{left + LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>']
@@ -148,11 +168,6 @@ def svg_panel(chart, lines, left, top):
         if raw != smoothed:
             parts.append(f'<path class="raw" stroke="{COLORS[color]}" d="{path(raw)}"/>')
         parts.append(f'<path stroke="{COLORS[color]}" d="{path(smoothed)}"/>')
-    place = left + LEFT
-    for label, color, _, _ in lines if len(lines) > 1 else []:
-        parts += [f'<path stroke="{COLORS[color]}" d="M{place},{top + 29}h10"/>',
-                  f'<text x="{place + 14}" y="{top + 33}">{escape(label)}</text>']
-        place += 24 + 6 * len(label)
     return parts
 
 
@@ -165,11 +180,12 @@ def curves_svg(runs):
              for part in svg_panel(chart, lines, i % columns * WIDTH, i // columns * HEIGHT)]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
     title = escape(", ".join(run["name"] for run in runs))
-    return "\n".join([head, f"<title>{title}</title>", f"<style>{SVG_STYLE}</style>", *parts, "</svg>", ""])
+    return "\n".join([head, f"<title>{title}</title>", f"<style>{SVG_STYLE}</style>",
+                      '<rect width="100%" height="100%"/>', *parts, "</svg>", ""])
 
 
-def curves_png(runs, file):
-    """The same curves as a PNG. Raises UserError where matplotlib is not installed."""
+def curves_png(runs):
+    """The same curves as the bytes of a PNG. Raises UserError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -192,4 +208,6 @@ def curves_png(runs, file):
             axes.legend(fontsize=7, frameon=False)
     for axes in list(figure.axes)[len(shown):]:
         axes.remove()
-    figure.savefig(file, dpi=150, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    return picture.getvalue()

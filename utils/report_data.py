@@ -16,8 +16,8 @@ from mlx_grpo import UserError
 
 MAX_POINTS = 4000          # steps of a run in the page; longer runs are thinned to every 2nd, 3rd, ... step
 PAIRED = {"train": 24, "eval": 200}    # problems whose first and last completions come first, for before and after
-COLUMNS = {"step", "prompt", "answer", "completion", "rewards", "reward", "advantage", "length", "ended", "split",
-           "correct", "token_ids", "token_texts", "token_logprobs"}       # of a completion; others are its extras
+COLUMNS = {"step", "prompt", "answer", "completion", "rewards", "reward", "advantage", "length", "ended", "correct",
+           "token_ids", "token_texts", "token_logprobs"}       # of a completion; others are its extras
 
 
 def parse(line, where):
