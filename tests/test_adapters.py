@@ -12,6 +12,7 @@ from conftest import ROOT, require
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny_hf import edit_json, mlx_logits, random_tokens, save_tiny, save_tokenizer, torch_logits
+from tiny_models import QUICK, sets, tiny_qwen2
 
 from mlx_grpo import UserError
 from mlx_grpo.adapter_files import reach
@@ -41,7 +42,7 @@ def base(tmp_path_factory):
 
 
 def save_mlx(directory, base, kind="lora", keys=None, num_layers=2, rank=4, scale=3.0, dtype=mx.float32, size=0.1):
-    """An adapter with random weights, written by mlx-lm's own layers the way its trainer does."""
+    """An adapter with random weights, made of mlx-lm's own layers and written the way its trainer does."""
     model = load_checked(base)[0]
     parameters = {"rank": rank, "scale": scale, "dropout": 0.05} | ({"keys": keys} if keys else {})
     model.freeze()
@@ -58,11 +59,12 @@ def save_mlx(directory, base, kind="lora", keys=None, num_layers=2, rank=4, scal
 
 
 def save_peft(directory, family, base=None, seed=0, **options):
-    """(PEFT model in torch with random adapter weights, its base's directory, the adapter's): what save_pretrained writes."""
+    """(PEFT model in torch with random adapter weights, its base's directory, the directory save_pretrained wrote)."""
     torch, peft = require("torch"), require("peft")
     base = base or directory / "base"
     model = save_tiny(base, family) if not (base / "config.json").exists() else load_torch(base)
-    model = peft.get_peft_model(model, peft.LoraConfig(**(dict(r=4, lora_alpha=6, task_type="CAUSAL_LM") | options)))
+    options = dict(r=4, lora_alpha=6, task_type="CAUSAL_LM") | options
+    model = peft.get_peft_model(model, peft.LoraConfig(**options))
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -159,7 +161,7 @@ def test_there_and_back_the_weights_are_the_same_bits(tmp_path, base):
 
 
 def test_selected_modules_without_weights_are_told_and_left_out(tmp_path, base, capsys):
-    """Adapters of older mlx-lm: q and v trained, no keys in the configuration, where today's default is every linear layer."""
+    """Adapters of older mlx-lm: q and v trained, no keys configured; today's default is every linear layer."""
     save_mlx(tmp_path / "mlx", base[0], keys=["self_attn.q_proj", "self_attn.v_proj"])
     config = json.loads((tmp_path / "mlx/adapter_config.json").read_text())
     del config["lora_parameters"]["keys"]
@@ -178,8 +180,9 @@ def test_what_peft_cant_hold_is_refused_by_name(tmp_path, base):
 
     save_tiny(tmp_path / "moe", "qwen3_moe")
     save_tiny(tmp_path / "gpt2", "gpt2")
-    refused("experts", r"mlp\.switch_mlp\.\w+ is a LoRASwitchLinear", base=tmp_path / "moe", keys=["mlp.switch_mlp.up_proj"])
-    refused("router", r"mlp\.gate: it isn't known to be the same module", base=tmp_path / "moe", keys=["mlp.gate"])
+    moe = tmp_path / "moe"
+    refused("experts", r"switch_mlp\.up_proj is a LoRASwitchLinear", base=moe, keys=["mlp.switch_mlp.up_proj"])
+    refused("router", r"mlp\.gate: it isn't known to be the same module", base=moe, keys=["mlp.gate"])
     refused("embedding", r"model\.embed_tokens is a LoRAEmbedding", keys=["model.embed_tokens"])
     refused("conv1d", "model_type 'gpt2'", base=tmp_path / "gpt2", keys=["attn.c_attn"])
 
@@ -191,7 +194,7 @@ def test_what_peft_cant_hold_is_refused_by_name(tmp_path, base):
     (dict(lora_parameters=...), "lora_parameters .* is missing"),
     (dict(lora_parameters=dict(rank=4, alpha=8, dropout=0)), "'alpha', which mlx-lm ignores"),
     (dict(lora_parameters=dict(rank=4, dropout=0)), "scale must be a number, got None"),
-    (dict(lora_parameters=dict(rank=8, scale=3.0, dropout=0, keys=["self_attn.q_proj"])), "doesn't fit this base model"),
+    (dict(lora_parameters=dict(rank=8, scale=3.0, dropout=0, keys=["self_attn.q_proj"])), "doesn't fit this base"),
     (dict(lora_parameters=dict(rank=4, scale=3.0, dropout=0, keys=["mlp.up_proj"])), "doesn't fit this base model"),
     (dict(lora_parameters=dict(rank=4, scale=3.0, dropout=0, keys="q_proj")), "keys must be a list"),
     (dict(model=...), "names no base model")])
@@ -217,12 +220,14 @@ def test_a_half_adapted_module_and_a_damaged_file_are_refused(tmp_path, base):
 
 
 def test_the_original_of_a_converted_base_is_named_to_peft(tmp_path, base, capsys):
-    convert(convert_options(["--hf-path", str(base[0]), "-q", "--group-size", "32", "--output-dir", str(tmp_path / "q")]))
+    quantise = ["--hf-path", str(base[0]), "-q", "--group-size", "32", "--output-dir", str(tmp_path / "q")]
+    convert(convert_options(quantise))
     save_mlx(tmp_path / "mlx", tmp_path / "q", "lora", ALL)
     run("to-peft", "--adapter", tmp_path / "mlx", "--output", tmp_path / "peft")
     assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["base_model_name_or_path"] == str(base[0])
     assert "trained on 4-bit weights" in capsys.readouterr().out
-    assert equal(adapted_logits(base[0], tmp_path / "mlx"), peft_logits(base[0], tmp_path / "peft"))   # both on the float base
+    ours, theirs = adapted_logits(base[0], tmp_path / "mlx"), peft_logits(base[0], tmp_path / "peft")
+    assert equal(ours, theirs)                          # both on the float base
 
 
 # ---- PEFT to mlx-lm --------------------------------------------------------------------------------------------------
@@ -247,9 +252,12 @@ def test_a_peft_adapter_gives_the_same_logits_through_mlx_lm(tmp_path, family, u
     dict(target_modules="all-linear", exclude_modules=["k_proj", "model.layers.0.mlp.up_proj"]),
     dict(target_modules=["q_proj", "up_proj"], use_rslora=True),
     dict(target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 7, r"0.*q_proj": 2}),
-    dict(target_modules=["q_proj", "up_proj", "k_proj"], alpha_pattern={"up_proj": 11, "^model.layers.1.self_attn.k_proj": 2}),
-    dict(target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 3}, alpha_pattern={"q_proj": 0.7}, use_rslora=True),
-    dict(target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 3}, alpha_pattern={"q_proj": 0.7}, use_dora=True),
+    dict(target_modules=["q_proj", "up_proj", "k_proj"],
+         alpha_pattern={"up_proj": 11, "^model.layers.1.self_attn.k_proj": 2}),
+    dict(target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 3}, alpha_pattern={"q_proj": 0.7},
+         use_rslora=True),
+    dict(target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 3}, alpha_pattern={"q_proj": 0.7},
+         use_dora=True),
     dict(target_modules=["q_proj"], lora_alpha=0),
     dict(target_modules=["q_proj"], init_lora_weights="gaussian", lora_dropout=0.2)])
 def test_every_way_to_say_which_modules_and_how_strongly(tmp_path, base, options):
@@ -299,7 +307,7 @@ def test_a_pickled_adapter_is_read_without_running_it(tmp_path, base):
     (dict(r="4"), "r must be a whole number"),
     (dict(target_modules=5), "target_modules must be a name or names"),
     (dict(target_modules="(q_proj"), "isn't a regular expression"),
-    (dict(target_modules=["k_proj"]), "holds weights for model.layers.0.self_attn.q_proj, which its target_modules leave out"),
+    (dict(target_modules=["k_proj"]), "for model.layers.0.self_attn.q_proj, which its target_modules leave out"),
     (dict(target_modules=["q_proj", "k_proj"]), "targets model.layers.0.self_attn.k_proj and has no weights"),
     (dict(rank_pattern={"q_proj": 5}), "rank 4 in the weights and 5"),
     (dict(use_dora=True), "where dora .* needs lora_a, lora_b, m")])
@@ -338,9 +346,12 @@ def test_module_choice_is_pefts_own():
     """is_target against PEFT's own function, over configurations and names."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
-    names = [f"model.layers.{i}.{m}" for i in range(12) for m in ("self_attn.q_proj", "mlp.up_proj", "mlp.gate_up_proj")] + ["lm_head"]
-    for options in (dict(target_modules=["q_proj"]), dict(target_modules=["up_proj", "lm_head"], layers_to_transform=[1, 11]),
-                    dict(target_modules=r".*\.1\d?\..*proj"), dict(target_modules=["self_attn.q_proj"], layers_to_transform=0),
+    inner = ("self_attn.q_proj", "mlp.up_proj", "mlp.gate_up_proj")
+    names = [f"model.layers.{i}.{name}" for i in range(12) for name in inner] + ["lm_head"]
+    for options in (dict(target_modules=["q_proj"]),
+                    dict(target_modules=["up_proj", "lm_head"], layers_to_transform=[1, 11]),
+                    dict(target_modules=r".*\.1\d?\..*proj"),
+                    dict(target_modules=["self_attn.q_proj"], layers_to_transform=0),
                     dict(target_modules=["model.layers.3.mlp.up_proj", "q_proj"], layers_to_transform=[2]),
                     dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=["h", "layers"]),
                     dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="h"),
@@ -408,9 +419,10 @@ def test_a_16_bit_fuse_keeps_its_type_and_is_equal_but_for_rounding(tmp_path, ba
 def test_fusing_into_a_quantised_base_keeps_it_quantised_and_tells_the_kl(tmp_path, base, kind, capsys):
     q = quantized(base[0], tmp_path / "q", bits=8)
     save_mlx(tmp_path / "mlx", q, kind, ALL)
-    assert run("fuse", "--adapter", tmp_path / "mlx", "--output", tmp_path / "fused") == 0       # the base as the adapter names it
+    assert run("fuse", "--adapter", tmp_path / "mlx", "--output", tmp_path / "fused") == 0      # into the base it names
     before, after = mx.load(str(q / "model.safetensors")), mx.load(str(tmp_path / "fused/model.safetensors"))
-    assert {n: (a.dtype, a.shape) for n, a in before.items()} == {n: (a.dtype, a.shape) for n, a in after.items()}
+    kinds = lambda arrays: {name: (a.dtype, a.shape) for name, a in arrays.items()}
+    assert kinds(before) == kinds(after)
     changed = {n.rsplit(".", 1)[0] for n in before if not mx.array_equal(before[n], after[n])}
     assert changed == {f"model.layers.{i}.{key}" for i in (1, 2) for key in ALL}
     report = json.loads((tmp_path / "fused/fused.json").read_text())
@@ -483,18 +495,43 @@ def own_tool(*arguments):
 
 
 def test_mlx_lm_loads_generates_and_fuses_what_from_peft_writes(tmp_path, base):
-    model, _, peft = save_peft(tmp_path, "llama3", base[0], target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 2])
+    options = dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 2])
+    model, _, peft = save_peft(tmp_path, "llama3", base[0], **options)
     convert(convert_options(["--hf-path", str(base[0]), "--dtype", "float32", "--output-dir", str(tmp_path / "base")]))
     run("from-peft", "--adapter", peft, "--model", tmp_path / "base", "--output", tmp_path / "mlx")
     ours = mlx_lm.load(str(tmp_path / "base"), adapter_path=str(tmp_path / "mlx"))[0]
     assert equal(mlx_logits(ours, TOKENS), torch_logits(model, TOKENS))
-    own_tool("fuse", "--model", tmp_path / "base", "--adapter-path", tmp_path / "mlx", "--save-path", tmp_path / "fused")
+    adapted = ["--model", tmp_path / "base", "--adapter-path", tmp_path / "mlx"]
+    own_tool("fuse", *adapted, "--save-path", tmp_path / "fused")
     assert equal(mlx_logits(mlx_lm.load(str(tmp_path / "fused"))[0], TOKENS), torch_logits(model, TOKENS))
-    own_tool("generate", "--model", tmp_path / "base", "--adapter-path", tmp_path / "mlx", "--prompt", "7+5", "--max-tokens", "3")
+    own_tool("generate", *adapted, "--prompt", "7+5", "--max-tokens", "3")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_what_our_trainer_writes_goes_to_peft_and_fuses_by_us_and_by_mlx_lm(tmp_path, kind, monkeypatch):
+    import mlx_lm.fuse
+
+    from mlx_grpo import main as train
+    model = tiny_qwen2(tmp_path / "base")
+    assert train(["train", *sets(**QUICK | dict(
+        model_name=model, output_dir=str(tmp_path), run_name="run", fine_tune_type=kind, lora_rank=4, lora_layers=1,
+        lora_alpha=12.0, save_steps=2, eval_samples=0, learning_rate=1e-2))]) == 0
+    checkpoint = tmp_path / "run/checkpoint-2"
+    ours = adapted_logits(model, checkpoint)
+    assert not equal(ours, plain_logits(model))         # it has learned something
+    run("to-peft", "--adapter", checkpoint, "--output", tmp_path / "peft")
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["lora_alpha"] == 12
+    assert equal(ours, peft_logits(model, tmp_path / "peft"))
+    assert run("fuse", "--adapter", checkpoint, "--output", tmp_path / "fused") == 0
+    monkeypatch.setattr(sys, "argv", ["fuse", "--model", model, "--adapter-path", str(checkpoint),
+                                      "--save-path", str(tmp_path / "theirs")])
+    mlx_lm.fuse.main()
+    for directory in ("fused", "theirs"):
+        assert equal(mlx_logits(mlx_lm.load(str(tmp_path / directory))[0], TOKENS), ours)
 
 
 def test_an_unmerged_conversion_goes_on_training_in_peft(tmp_path, base):
-    """TRL's way: is_trainable, one step of torch's Adam lowers the loss, and what it saves comes back with the same logits."""
+    """TRL's way: is_trainable, a step of torch's Adam lowers the loss, what it saves comes back with equal logits."""
     torch, peft = require("torch"), require("peft")
     save_mlx(tmp_path / "mlx", base[0], "lora", ALL)
     run("to-peft", "--adapter", tmp_path / "mlx", "--output", tmp_path / "peft")
@@ -518,19 +555,22 @@ def test_inspect_tells_both_kinds(tmp_path, base, capsys):
     save_mlx(tmp_path / "mlx", base[0], "dora", ["self_attn.q_proj"])
     run("inspect", tmp_path / "mlx")
     out = capsys.readouterr().out
-    assert "mlx-lm" in out and "dora, num_layers 2" in out and "model.layers.2.self_attn.q_proj.lora_a  F32 [32, 4]" in out
+    assert "mlx-lm, base" in out and "num_layers 2" in out
+    assert "model.layers.2.self_attn.q_proj.lora_a  F32 [32, 4]" in out
     run("to-peft", "--adapter", tmp_path / "mlx", "--output", tmp_path / "peft")
-    run("inspect", tmp_path / "peft")
+    edit_json(tmp_path / "peft/adapter_config.json", bias="all")
+    with pytest.raises(UserError, match='bias is "all"'):
+        run("inspect", tmp_path / "peft")               # what it holds first, then why it can't be brought over
     out = capsys.readouterr().out
-    assert "PEFT" in out and "lora_alpha 12" in out and "q_proj.lora_A.weight  F32 [4, 32]" in out
+    assert "PEFT, base" in out and "lora_alpha 12" in out and "q_proj.lora_A.weight  F32 [4, 32]" in out
 
 
 def test_the_script_runs_from_anywhere_and_a_mistake_is_one_line(tmp_path, base):
-    call = [sys.executable, ROOT / "utils/adapters.py"]
     save_mlx(tmp_path / "mlx", base[0], keys=["self_attn.q_proj"])
-    done = subprocess.run([*call, "to-peft", "--adapter", "mlx", "--output", "peft"], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "peft").mkdir()
+    process = lambda output: subprocess.run([sys.executable, ROOT / "utils/adapters.py", "to-peft", "--adapter", "mlx",
+                                             "--output", output], cwd=tmp_path, capture_output=True, text=True)
+    done = process("peft")
     assert done.returncode == 0 and "wrote peft: lora, rank 4, scale 3, 2 modules" in done.stdout, done.stderr
-    wrong = subprocess.run([*call, "from-peft", "--adapter", "mlx", "--output", "back"], cwd=tmp_path, capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
-    again = subprocess.run([*call, "to-peft", "--adapter", "mlx", "--output", "peft"], cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 2 and "already exists" in again.stderr
+    again = process("peft")                             # no longer empty
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "already exists" in again.stderr

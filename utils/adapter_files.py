@@ -1,7 +1,7 @@
 """LoRA and DoRA adapters as mlx-lm keeps them: adapters.safetensors beside adapter_config.json.
 
-mlx-lm itself decides which modules an adapter reaches (num_layers and keys) and whether its tensors fit: `load_onto` puts
-the adapter on a base model and reads it back from there."""
+mlx-lm itself decides which modules an adapter reaches (num_layers and keys) and whether its tensors fit: `load_onto`
+puts the adapter on a base model and reads it back from there."""
 
 import json
 import math
@@ -31,7 +31,7 @@ class Adapter:
 
 
 def read_mlx_config(directory):
-    """adapter_config.json as mlx-lm reads it, checked. Raises UserError for what mlx-lm would stumble over or ignore."""
+    """adapter_config.json as mlx-lm reads it, checked. Raises UserError for what mlx-lm would trip over or ignore."""
     path = directory / CONFIG
     if not path.is_file():
         raise UserError(f"{directory} has no {CONFIG}; it isn't an adapter directory")
@@ -49,7 +49,8 @@ def read_mlx_config(directory):
     if not isinstance(parameters, dict):
         raise UserError(f"{path}: lora_parameters (rank, scale, dropout) is missing")
     for name in sorted(set(parameters) - LORA_PARAMETERS):
-        raise UserError(f"{path}: lora_parameters has {name!r}, which mlx-lm ignores; it knows {', '.join(sorted(LORA_PARAMETERS))}")
+        raise UserError(f"{path}: lora_parameters has {name!r}, which mlx-lm ignores; it knows "
+                        + ", ".join(sorted(LORA_PARAMETERS)))
     if type(parameters.get("rank")) is not int or parameters["rank"] < 1:
         raise UserError(f"{path}: rank must be a whole number from 1, got {parameters.get('rank')!r}")
     for name in ("scale", "dropout"):
@@ -66,9 +67,9 @@ def finite_number(value):
 
 
 def load_onto(model, directory):
-    """Put the adapter of `directory` on the base `model` (changed in place). Returns (config, {name: adapted module}, [names
-    of modules that the configuration selects and the file has nothing for]); those last are bare again. Raises UserError
-    where the adapter doesn't fit the model."""
+    """Put the adapter of `directory` on the base `model` (changed in place, in evaluation mode). Returns (config,
+    {name: adapted module}, [names of modules that the configuration selects and the file has nothing for]); those last
+    are bare again. Raises UserError where the adapter doesn't fit the model."""
     from mlx.utils import tree_unflatten
     from mlx_lm.tuner.utils import load_adapters
     config = read_mlx_config(directory)
@@ -106,8 +107,8 @@ def base_of(module):
 
 
 def read_mlx(model, directory):
-    """(Adapter, [selected modules without weights]) of an mlx-lm adapter directory for `model`, which gets it on. Raises
-    UserError by the module's name where that isn't a linear layer, since PEFT computes something else there."""
+    """(Adapter, [selected modules without weights]) of an mlx-lm adapter directory for `model`, which gets it on.
+    Raises UserError by the module's name where that isn't a linear layer, as PEFT computes something else there."""
     from mlx_lm.tuner.dora import DoRALinear
     from mlx_lm.tuner.lora import LoRALinear
     if read_mlx_config(directory)["fine_tune_type"] == "full":
@@ -116,9 +117,9 @@ def read_mlx(model, directory):
     kind, parameters = config["fine_tune_type"], config["lora_parameters"]
     for name, module in adapted.items():
         if not isinstance(module, (LoRALinear, DoRALinear)):
-            raise UserError(f"{name} is a {type(module).__name__}: PEFT's LoRA has no counterpart that computes the same (experts "
-                            "are laid out otherwise, and a tied embedding serves as the head here and not there); "
-                            "train without it, or fuse")
+            raise UserError(f"{name} is a {type(module).__name__}: PEFT's LoRA has no counterpart that computes the "
+                            "same (experts are laid out otherwise, and an adapted embedding acts on a tied head here "
+                            "and not there); train without it, or fuse")
     modules = {name: {leaf: module[leaf] for leaf in LEAVES[kind]} for name, module in adapted.items()}
     return Adapter(kind, parameters["rank"], parameters["scale"], parameters["dropout"], modules), bare
 
@@ -126,16 +127,17 @@ def read_mlx(model, directory):
 def write_mlx(adapter, directory, base_name, num_layers):
     """Write `adapter` for a base with `num_layers` blocks as mlx-lm's trainer does."""
     count, keys = reach(adapter.modules, num_layers)
-    config = {"fine_tune_type": adapter.kind, "model": base_name, "num_layers": count,
-              "lora_parameters": {"rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout, "keys": keys}}
-    arrays = {f"{name}.{leaf}": array for name, leaves in sorted(adapter.modules.items()) for leaf, array in leaves.items()}
+    parameters = {"rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout, "keys": keys}
+    config = {"fine_tune_type": adapter.kind, "model": base_name, "num_layers": count, "lora_parameters": parameters}
+    arrays = {f"{name}.{leaf}": array
+              for name, leaves in sorted(adapter.modules.items()) for leaf, array in leaves.items()}
     mx.save_safetensors(str(directory / WEIGHTS), arrays, metadata={"format": "mlx"})
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def reach(names, num_layers):
-    """(num_layers, keys) with which mlx-lm adapts exactly the modules `names`: short keys in the last n blocks, where they
-    are the same in each of them, else full names (mlx-lm matches those in the whole model, whatever num_layers says)."""
+    """(num_layers, keys) with which mlx-lm adapts exactly the modules `names`: short keys in the last n blocks, where
+    they are the same in each, else full names (mlx-lm matches those in the whole model, whatever num_layers says)."""
     layers, others = by_layer(names)
     last = list(range(num_layers - len(layers), num_layers))
     if layers and sorted(layers) == last and len({frozenset(inner) for inner in layers.values()}) == 1:
@@ -144,7 +146,7 @@ def reach(names, num_layers):
 
 
 def by_layer(names):
-    """({block: {names inside it}}, {names outside the blocks}): "model.layers.3.self_attn.q_proj" -> {3: {"self_attn.q_proj"}}."""
+    """({block: {names in it}}, {names outside the blocks}): "model.layers.3.mlp.up_proj" is {3: {"mlp.up_proj"}}."""
     layers, others = {}, set()
     for name in names:
         match = IN_LAYER.fullmatch(name)

@@ -1,7 +1,8 @@
-"""Puts an adapter into its base model's weights by mlx-lm's own fusing, and proves on logits that nothing else changed."""
+"""Puts an adapter into its base's weights by mlx-lm's own fusing, and proves on logits that nothing else changed."""
 
 import contextlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_grpo import nanochat_model
 from mlx_grpo.adapter_files import base_of, load_onto
-from mlx_grpo.checked_load import check_files, load_checked
+from mlx_grpo.checked_load import check_files, load_checked, register_nanochat
 from mlx_grpo.files import atomic_directory, check_free_space
 from mlx_grpo.model_check import check_sequences, compare_distributions, compare_logits, mlx_logits
 from mlx_grpo.model_files import copy_tokenizer, open_tokenizer, write_card
@@ -21,8 +23,8 @@ ROUNDINGS = 8              # the same in 16 bits: this many of the type's steps,
 
 @dataclass(frozen=True)
 class Fusion:
-    """How a fused model differs from base + adapter: logits (see compare_logits), mean KL in nats per token, and the KL that the
-    adapter itself makes (base + adapter against base). `limit` is None where the result is quantised."""
+    """How a fused model differs from base + adapter: largest difference of logits, mean KL in nats per token, and the
+    KL that the adapter itself makes (base + adapter against base). `limit` is None where the result is quantised."""
     difference: float
     limit: float | None
     kl: float
@@ -35,7 +37,7 @@ class Fusion:
     def lines(self):
         yield f"logits before and after: largest difference {self.difference:.2e}" + \
             ("" if self.limit is None else f" (limit {self.limit:.1e}): {'equal' if self.passed else 'NOT EQUAL'}")
-        yield f"KL before and after: {self.kl:.2e} nats per token; the adapter itself moves the base by {self.adapter_kl:.2e}"
+        yield f"KL before and after: {self.kl:.2e} nats per token; the adapter moves the base by {self.adapter_kl:.2e}"
 
 
 class NotEqual(Exception):
@@ -43,11 +45,12 @@ class NotEqual(Exception):
 
 
 def fuse(base, adapter, output, *, base_name, dequantize=False, trust_remote_code=False):
-    """Write the model directory `base` with the adapter of the mlx-lm directory `adapter` fused in to the new directory `output`.
-    A quantised base stays quantised, as it was, unless `dequantize`. Returns (Fusion, [selected modules without weights]);
-    raises NotEqual, and writes nothing, where a float result differs by more than rounding; UserError."""
-    check_free_space(output, sum(f.stat().st_size for f in base.glob("*.safetensors")) * (8 if dequantize else 1), "the fused model")
+    """Write the model directory `base` with the adapter of the mlx-lm directory `adapter` fused in to the new directory
+    `output`. A quantised base stays quantised, as it was, unless `dequantize`. Returns (Fusion, [selected modules
+    without weights]); raises NotEqual, and writes nothing, where a float result differs by more than rounding."""
     check_files(base)
+    size = sum(file.stat().st_size for file in base.glob("model*.safetensors"))
+    check_free_space(output, size * (8 if dequantize else 1), "the fused model")
     model, config, _ = load_checked(base, trust_remote_code=trust_remote_code)
     tokenizer = open_tokenizer(base, config, None, trust_remote_code)
     sequences = check_sequences(tokenizer, config.get("vocab_size") or config["text_config"]["vocab_size"])
@@ -66,14 +69,15 @@ def fuse(base, adapter, output, *, base_name, dequantize=False, trust_remote_cod
             raise NotEqual(fusion)
         copy_tokenizer(base, work, trust_remote_code)
         write_card(base, work, Path(output).name, base_name)
-        report = {"base": base_name, "adapter": str(adapter), "dequantized": dequantize, "logits_difference": fusion.difference,
-                  "limit": fusion.limit, "kl": fusion.kl, "adapter_kl": fusion.adapter_kl}
+        report = {"base": base_name, "adapter": str(adapter), "dequantized": dequantize,
+                  "logits_difference": fusion.difference, "limit": fusion.limit, "kl": fusion.kl,
+                  "adapter_kl": fusion.adapter_kl}
         (work / "fused.json").write_text(json.dumps(report, indent=2) + "\n")
     return fusion, bare
 
 
 def fuse_modules(model, adapted, dequantize):
-    """Replace each of the `adapted` modules by mlx-lm's fused one, in the base's own types (DoRA's comes in float32)."""
+    """Replace each of the `adapted` modules by mlx-lm's fused one, in the base's own type (DoRA's comes in float32)."""
     fused = {}
     for name, module in adapted.items():
         kinds = [a.dtype for a in base_of(module).values() if is_float(a)]
@@ -85,11 +89,16 @@ def fuse_modules(model, adapted, dequantize):
 
 
 def write_model(model, config, work, trust_remote_code):
-    """Write weights and config to `work`; returns the model as plain mlx-lm opens it from there."""
+    """Write weights and config to `work`; returns the model as plain mlx-lm opens it from there (nanochat's later
+    generations by our own class, of which it gets a copy)."""
     from mlx_lm.utils import load_model, save_config, save_model
     save_model(work, model, donate_model=True)
     save_config(dict(config), work / "config.json")
-    return load_model(work, trust_remote_code=trust_remote_code)[0]
+    changes = {}
+    if register_nanochat(config):
+        shutil.copyfile(nanochat_model.__file__, work / config["model_file"])
+        changes = {"model_file": None}
+    return load_model(work, model_config=changes, trust_remote_code=trust_remote_code)[0]
 
 
 def compare(plain, before, after, sequences, written):
@@ -112,9 +121,9 @@ def logits(model, sequences):
 
 @contextlib.contextmanager
 def float32_activations(model):
-    """Within the block embeddings give float32, and MLX computes on in the wider type; a float32 copy of the embedding's size."""
-    kept = [(module, key, array) for module in model.modules() if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
-            for key, array in module.items() if is_float(array)]
+    """Within the block embeddings give float32, and MLX computes on in the wider type. Costs a float32 copy of them."""
+    embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))]
+    kept = [(module, key, array) for module in embeddings for key, array in module.items() if is_float(array)]
     for module, key, array in kept:
         module[key] = array.astype(mx.float32)
     try:

@@ -1,15 +1,16 @@
 """
 Takes LoRA and DoRA adapters between mlx-lm and PEFT, and fuses them into their base model.
 
-    python utils/adapters.py to-peft   --adapter outputs/run/checkpoint-100 --output adapters/peft [--model BASE]
-    python utils/adapters.py from-peft --adapter adapters/peft --output adapters/mlx [--model BASE]
-    python utils/adapters.py fuse      --adapter outputs/run/checkpoint-100 --output models/fused [--model BASE] [--dequantize]
+    python utils/adapters.py to-peft   --adapter outputs/run/checkpoint-100 --output adapters/peft
+    python utils/adapters.py from-peft --adapter adapters/peft --output adapters/mlx --model BASE
+    python utils/adapters.py fuse      --adapter outputs/run/checkpoint-100 --output models/fused --dequantize
     python utils/adapters.py inspect   adapters/peft
 
-mlx-lm's side is adapters.safetensors with adapter_config.json (what mlx_grpo.py and mlx_lm.lora write, and mlx_lm.generate
---adapter-path reads), PEFT's is adapter_model.safetensors with adapter_config.json (vLLM, TRL, transformers). What one side
-can't hold is refused by name; nothing is dropped. The base model is needed for its names and shapes; without --model it's
-the one that the adapter names. The output appears once it is whole.
+mlx-lm's side is adapters.safetensors with adapter_config.json (what mlx_grpo.py and mlx_lm.lora write, and
+mlx_lm.generate --adapter-path reads), PEFT's is adapter_model.safetensors with adapter_config.json (vLLM, TRL,
+transformers). What one side can't hold is refused by name; nothing is dropped. The base model is needed for its names
+and shapes; without --model it's the one that the adapter names. The output appears once it is whole. docs/adapters.md
+tells more.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # runs from a plain clone, from any directory
 
-from mlx_grpo import UserError, run_command  # noqa: E402
+from mlx_grpo import UserError, run_command, shipped_path  # noqa: E402
 from mlx_grpo import peft_files  # noqa: E402
 from mlx_grpo.adapter_files import WEIGHTS, load_onto, read_mlx, read_mlx_config, write_mlx  # noqa: E402
 from mlx_grpo.adapter_fuse import NotEqual, fuse  # noqa: E402
@@ -46,10 +47,12 @@ def to_peft(options, say=print):
     tell_bare(bare, say)
     theirs = options.base_name or original_of(path, name)
     if "quantization" in config:
-        say(f"note: trained on {bits(config)}-bit weights; on the float base, {theirs}, its logits differ by what quantising changed")
+        say(f"note: trained on {bits(config)}-bit weights; on the float ones of {theirs} its logits differ by what "
+            "quantising changed")
     with atomic_directory(options.output) as work:
         peft_files.write_peft(adapter, work, theirs, config["model_type"], linears)
-    say(f"wrote {options.output}: {describe(adapter)}, lora_alpha {adapter.scale * adapter.rank:g}, base {theirs}")
+    alpha = adapter.scale * adapter.rank
+    say(f"wrote {options.output}: {describe(adapter)}, lora_alpha {alpha:g}, base {theirs}")
 
 
 def from_peft(options, say=print):
@@ -57,11 +60,13 @@ def from_peft(options, say=print):
     directory = Path(options.adapter)
     name = base_name(options.model, peft_files.read_peft_config(directory), PEFT_NAME)
     _, model, config = open_base(name, options.trust_remote_code)
-    adapter, notes = peft_files.read_peft(directory, config["model_type"], linear_shapes(model), dict(tree_flatten(model.parameters())))
+    parameters = dict(tree_flatten(model.parameters()))
+    adapter, notes = peft_files.read_peft(directory, config["model_type"], linear_shapes(model), parameters)
     for note in notes:
         say(f"note: {note}")
     if "quantization" in config:
-        say(f"note: {name} has {bits(config)}-bit weights; the logits differ from the float base's by what quantising changed")
+        say(f"note: {name} has {bits(config)}-bit weights; on them the adapter's logits differ from those on the float "
+            "ones by what quantising changed")
     with atomic_directory(options.output) as work:
         write_mlx(adapter, work, options.base_name or name, len(model.layers))
         _, adapted, bare = load_onto(model, work)
@@ -70,11 +75,11 @@ def from_peft(options, say=print):
 
 
 def fuse_command(options, say=print):
-    """Write the base with the adapter in its weights. Returns the exit code: 1, and nothing written, where the logits differ."""
+    """Write the base with the adapter in its weights. Returns 1, with nothing written, where the logits differ."""
     directory = Path(options.adapter)
     name = base_name(options.model, read_mlx_config(directory), MLX_NAME)
-    path = fetch_model(name, None, options.trust_remote_code)
-    if options.dequantize and not any(key in read_json(path / "config.json") for key in ("quantization", "quantization_config")):
+    path = fetch_model(str(shipped_path(name)), None, options.trust_remote_code)
+    if options.dequantize and not {"quantization", "quantization_config"} & set(read_json(path / "config.json")):
         raise UserError(f"{name} isn't quantised, so --dequantize has nothing to do; leave it away")
     try:
         fusion, bare = fuse(path, directory, options.output, base_name=name, dequantize=options.dequantize,
@@ -82,39 +87,40 @@ def fuse_command(options, say=print):
     except NotEqual as error:
         for line in error.args[0].lines():
             print(line, file=sys.stderr)
-        print(f"the fused model doesn't compute what base and adapter do, so {options.output} was not written", file=sys.stderr)
+        print(f"the fused model computes something else than base and adapter; {options.output} was not written",
+              file=sys.stderr)
         return 1
     tell_bare(bare, say)
     for line in fusion.lines():
         say(line)
-    if fusion.kl > fusion.adapter_kl / 4:
+    if fusion.kl > max(1e-6, fusion.adapter_kl / 4):
         remedy = "; fuse with --dequantize, or serve base and adapter side by side" if fusion.limit is None else ""
-        print(f"warning: rounding to the base's weights undoes much of what the adapter does{remedy}", file=sys.stderr)
+        print(f"warning: rounding to the base's type undoes much of what the adapter does{remedy}", file=sys.stderr)
     say(f"wrote {options.output}")
     return 0
 
 
 def inspect(options, say=print):
-    """Print what an adapter directory of either kind holds."""
+    """Print what an adapter directory of either kind holds, and why it can't be used where that is so."""
     directory = Path(options.directory)
-    config = read_json(directory / "adapter_config.json") if (directory / "adapter_config.json").is_file() else {}
+    if not (directory / "adapter_config.json").is_file():
+        raise UserError(f"{directory} has no adapter_config.json; it isn't an adapter directory")
+    config = read_json(directory / "adapter_config.json")
     is_peft = "peft_type" in config
-    if is_peft:
-        peft_files.read_peft_config(directory)
-        settings = [f"{key} {json.dumps(config[key])}" for key in ("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform",
-                    "rank_pattern", "alpha_pattern", "use_dora", "use_rslora") if config.get(key)]
-    else:
-        read_mlx_config(directory)
-        settings = [f"{config.get('fine_tune_type', 'lora')}, num_layers {config.get('num_layers')}"] + \
-            [f"{key} {json.dumps(value)}" for key, value in config.get("lora_parameters", {}).items()]
     file = directory / (peft_files.WEIGHTS if is_peft else WEIGHTS)
     if not file.is_file():
         raise UserError(f"{directory} has no {file.name}")
     tensors = check_safetensors(file)
     say(f"{directory}: {'PEFT' if is_peft else 'mlx-lm'}, base {config.get(PEFT_NAME if is_peft else MLX_NAME)}")
-    say("  " + ", ".join(settings))
+    shown = config if is_peft else {key: config.get(key) for key in ("fine_tune_type", "num_layers")} \
+        | (config.get("lora_parameters") or {})
+    for key, value in sorted(shown.items()):
+        if value not in (None, False, [], {}):
+            say(f"  {key} {json.dumps(value)}")
     for name, (dtype, shape) in sorted(tensors.items()):
         say(f"  {name}  {dtype} {list(shape)}")
+    check = peft_files.read_peft_config if is_peft else read_mlx_config
+    check(directory)
 
 
 # ---- the base model --------------------------------------------------------------------------------------------------
@@ -129,18 +135,19 @@ def base_name(given, config, key):
 
 
 def open_base(name, trust_remote_code):
-    """(directory, model, config) of the base; its weights stay on the disk. Raises UserError for an architecture whose names in
-    transformers aren't known to be mlx-lm's."""
-    path = fetch_model(name, None, trust_remote_code)
+    """(directory, model, config) of the base; its weights stay on the disk. Raises UserError for an architecture whose
+    names in transformers aren't known to be mlx-lm's."""
+    path = fetch_model(str(shipped_path(name)), None, trust_remote_code)
     model, config, _ = load_checked(path, lazy=True, trust_remote_code=trust_remote_code)
     if config["model_type"] not in peft_files.SAME_NAMES:
         raise UserError(f"{name}: model_type {config['model_type']!r}; adapters are brought over for "
-                        f"{', '.join(sorted(peft_files.SAME_NAMES))}, whose modules are proved to be the same in mlx-lm and transformers")
+                        f"{', '.join(sorted(peft_files.SAME_NAMES))}, whose modules are proved to be the same in "
+                        "mlx-lm and transformers; for others, fuse")
     return path, model, config
 
 
 def original_of(path, name):
-    """The model that transformers can open: the source, where utils/convert_model.py wrote the base, else the base itself."""
+    """The model that transformers can open: the source, where utils/convert_model.py wrote the base, else the base."""
     conversion = path / "conversion.json"
     return str(read_json(conversion).get("source", name)) if conversion.is_file() else name
 
@@ -160,7 +167,8 @@ def linear_shapes(model):
 
 def describe(adapter):
     count = sum(array.size for leaves in adapter.modules.values() for array in leaves.values())
-    return f"{adapter.kind}, rank {adapter.rank}, scale {adapter.scale:g}, {len(adapter.modules)} modules, {count:,} parameters"
+    return (f"{adapter.kind}, rank {adapter.rank}, scale {adapter.scale:g}, {len(adapter.modules)} modules, "
+            f"{count:,} parameters")
 
 
 def tell_bare(bare, say):
@@ -176,18 +184,22 @@ def bits(config):
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, function, about in (("to-peft", to_peft, "mlx-lm to PEFT"), ("from-peft", from_peft, "PEFT to mlx-lm"),
+    for name, function, about in (("to-peft", to_peft, "mlx-lm to PEFT"),
+                                  ("from-peft", from_peft, "PEFT to mlx-lm"),
                                   ("fuse", fuse_command, "into the base model's weights")):
         command = commands.add_parser(name, help=about, description=function.__doc__)
         command.add_argument("--adapter", required=True, help="directory of the adapter")
         command.add_argument("--output", required=True, help="new or empty directory")
-        command.add_argument("--model", help="directory or hub id of the base (default: the one that the adapter names)")
-        command.add_argument("--trust-remote-code", action="store_true", help="let Python files of the model run on this machine")
+        command.add_argument("--model", help="directory or hub id of the base (default: the one the adapter names)")
+        command.add_argument("--trust-remote-code", action="store_true",
+                             help="let Python files of the model run on this machine")
         command.set_defaults(run=function)
         if name == "fuse":
-            command.add_argument("--dequantize", action="store_true", help="write floats in place of a quantised base's weights")
+            command.add_argument("--dequantize", action="store_true",
+                                 help="write floats in place of a quantised base's weights")
         else:
-            command.add_argument("--base-name", help="base model to name in the written configuration")
+            command.add_argument("--base-name", help="base to name in the written configuration (default: the base, or "
+                                 "for PEFT the original that utils/convert_model.py made it from)")
     command = commands.add_parser("inspect", help="what an adapter holds", description=inspect.__doc__)
     command.add_argument("directory")
     command.set_defaults(run=inspect)

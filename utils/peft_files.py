@@ -1,8 +1,9 @@
-"""PEFT's LoRA directories (adapter_config.json beside adapter_model.safetensors), read into and written from an Adapter.
+"""PEFT's LoRA directories (adapter_config.json beside adapter_model.safetensors), read into an Adapter and written.
 
-What PEFT adds to a weight is (alpha / r) B A, mlx-lm adds scale * (lora_a lora_b)^T: A = lora_a^T, B = lora_b^T, alpha = scale r
-(arXiv 2106.09685; with use_rslora alpha / sqrt(r), 2312.03732; DoRA's magnitudes, 2402.09353, are m). Everything else
-that a PEFT configuration can ask for is refused by its name: an option that isn't known here passes only where it is off."""
+PEFT adds (alpha / r) B A to a weight, mlx-lm scale * (lora_a lora_b)^T: A = lora_a^T, B = lora_b^T, alpha = scale r
+(LoRA, arXiv 2106.09685; with use_rslora alpha / sqrt(r), 2312.03732; DoRA's magnitudes, 2402.09353, are m). Everything
+else that a PEFT configuration can ask for is refused by its name: an option not known here passes only where it is off.
+"""
 
 import json
 import math
@@ -20,19 +21,22 @@ LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_
 OF_LAYER = r"model\.layers\.\d+\."
 DENSE, ATTENTION = OF_LAYER + r"(self_attn|mlp)\.\w+|lm_head", OF_LAYER + r"self_attn\.\w+|lm_head"
 
-# model_type -> the modules (a regular expression) that mlx-lm and transformers call by the same name for the same weight;
-# the tests compare the logits of each. Experts and routers are packed and named differently, so they are left out.
-SAME_NAMES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "stablelm"), DENSE) \
-    | dict.fromkeys(("mixtral", "qwen3_moe"), ATTENTION)
+# model_type -> the modules (a regular expression) to which mlx-lm and transformers give the same name for the same
+# weight; the tests compare the logits of each. Experts and routers are packed and named otherwise, and left out.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "stablelm")
+SAME_NAMES = dict.fromkeys(FAMILIES, DENSE) | dict.fromkeys(("mixtral", "qwen3_moe"), ATTENTION)
 
-UNDERSTOOD = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-              "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "peft_type", "task_type", "bias"}
-WITHOUT_EFFECT = {"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version", "runtime_config",
-                  "megatron_core", "eva_config", "qalora_group_size", "ensure_weight_tying"}   # on what a loaded adapter computes
+UNDERSTOOD = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
+              "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights",
+              "peft_type", "task_type", "bias"}
+WITHOUT_EFFECT = {  # on what a loaded adapter computes
+    "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version", "runtime_config",
+    "megatron_core", "eva_config", "qalora_group_size", "ensure_weight_tying"}
+MERGE = "merge it with PEFT and convert the model"
 REASONS = {
-    "modules_to_save": "whole layers were trained too, which an mlx-lm adapter can't hold; merge it with PEFT and convert the model",
-    "bias": "biases were trained too, which an mlx-lm adapter can't hold; merge it with PEFT and convert the model",
-    "lora_bias": "its LoRA layers have biases, which mlx-lm's don't; merge it with PEFT and convert the model",
+    "modules_to_save": f"whole layers were trained too, which an mlx-lm adapter can't hold; {MERGE}",
+    "bias": f"biases were trained too, which an mlx-lm adapter can't hold; {MERGE}",
+    "lora_bias": f"its LoRA layers have biases, which mlx-lm's don't; {MERGE}",
     "fan_in_fan_out": "its base stores weights transposed (Conv1D), and mlx-lm's linear layers don't",
     "target_parameters": "it adapts bare parameters (experts), which mlx-lm packs differently",
     "layer_replication": "it repeats layers of the base, which mlx-lm doesn't build",
@@ -47,8 +51,8 @@ REASONS = {
 
 def read_peft(directory, model_type, linears, parameters):
     """(Adapter, notes) of a PEFT LoRA directory for a base of `model_type` with `linears` {module name: (out, in)} and
-    `parameters` {name: array}. Ranks and scales that differ between modules are brought to one, see `join`. Raises UserError, by
-    name, for what mlx-lm can't hold."""
+    `parameters` {name: array}. Ranks and scales that differ between modules are brought to one, see `join`. Raises
+    UserError, by name, for what mlx-lm can't hold."""
     config = read_peft_config(directory)
     kind = "dora" if config.get("use_dora") else "lora"
     tensors, copies = without_copies(read_tensors(directory), parameters)
@@ -58,12 +62,13 @@ def read_peft(directory, model_type, linears, parameters):
         if name not in adaptable:
             what = "is known to be the same in transformers" if name in linears else \
                 "has that name (it is packed, renamed or, as a head, tied to the embedding)"
-            raise UserError(f"{directory}: adapts {name}, and no linear layer of mlx-lm's {model_type} {what}; it can't be brought over")
+            raise UserError(f"{directory}: adapts {name}, and no linear layer of mlx-lm's {model_type} {what}; it "
+                            "can't be brought over")
         check_shapes(name, leaves, linears[name], directory)
     targets = {name for name in adaptable if is_target(name, config, directory)}
     for name in sorted(set(modules) - targets):
-        raise UserError(f"{directory}: holds weights for {name}, which its target_modules leave out, so PEFT ignores them; "
-                        "correct adapter_config.json or save the adapter again")
+        raise UserError(f"{directory}: holds weights for {name}, which its target_modules leave out, so PEFT ignores "
+                        "them; correct adapter_config.json or save the adapter again")
     for name in sorted(targets - set(modules)):
         raise UserError(f"{directory}: targets {name} and has no weights for it; the file is incomplete")
     adapter, notes = join(modules, {name: rank_and_scale(name, config, directory) for name in modules}, kind, config)
@@ -80,13 +85,15 @@ def read_peft_config(directory):
         raise UserError(f"{path} has no peft_type; it isn't PEFT's (mlx-lm's own need no from-peft)")
     if config["peft_type"] != "LORA":
         raise UserError(f"{path}: peft_type {config['peft_type']!r}; mlx-lm has LoRA and DoRA only")
-    refused = {name for name in set(config) - UNDERSTOOD - WITHOUT_EFFECT if config[name] not in (None, False, [], {}, "")}
+    others = set(config) - UNDERSTOOD - WITHOUT_EFFECT
+    refused = {name for name in others if config[name] not in (None, False, [], {}, "")}
     if config.get("bias", "none") != "none":
         refused.add("bias")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
         refused.add("init_lora_weights")
     for name in sorted(refused):
-        raise UserError(f"{path}: {name} is {json.dumps(config[name])}: {REASONS.get(name, 'mlx-lm has nothing that computes it')}")
+        reason = REASONS.get(name, "mlx-lm has nothing that computes it")
+        raise UserError(f"{path}: {name} is {json.dumps(config[name])}: {reason}")
     check_peft_types(config, path)
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise UserError(f"{path}: task_type {config['task_type']!r} isn't a language model (CAUSAL_LM)")
@@ -102,11 +109,12 @@ def check_peft_types(config, path):
     """Raises UserError where an option that says which modules are adapted, and how, has an unexpected type."""
     strings = lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value)
     whole = lambda value: type(value) is int or isinstance(value, list) and all(type(v) is int for v in value)
-    for names, fits, what in (
-            (("target_modules", "exclude_modules", "layers_pattern"), lambda v: isinstance(v, str) or strings(v), "a name or names"),
-            (("layers_to_transform",), whole, "a layer's number or numbers"),
-            (("rank_pattern", "alpha_pattern"), lambda v: isinstance(v, dict), "an object"),
-            (("use_dora", "use_rslora"), lambda v: isinstance(v, bool), "true or false")):
+    text = lambda value: isinstance(value, str) or strings(value)
+    table, switch = lambda value: isinstance(value, dict), lambda value: isinstance(value, bool)
+    for names, fits, what in ((("target_modules", "exclude_modules", "layers_pattern"), text, "a name or names"),
+                              (("layers_to_transform",), whole, "a layer's number or numbers"),
+                              (("rank_pattern", "alpha_pattern"), table, "an object"),
+                              (("use_dora", "use_rslora"), switch, "true or false")):
         for name in names:
             if config.get(name) is not None and not fits(config[name]):
                 raise UserError(f"{path}: {name} must be {what}, got {json.dumps(config[name])}")
@@ -129,26 +137,30 @@ def read_tensors(directory):
     try:
         tensors = torch.load(directory / PICKLE, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{directory / PICKLE}: not a plain file of tensors, or damaged: {str(error).strip().splitlines()[0]}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in tensors.values()):
-        raise UserError(f"{directory / PICKLE}: expected names and floating-point tensors")
-    return {name: mx.array(t.float().numpy()).astype(getattr(mx, str(t.dtype).removeprefix("torch."))) for name, t in tensors.items()}
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{directory / PICKLE}: not a plain file of tensors, or damaged: {reason}") from error
+    kinds = {torch.float32: mx.float32, torch.float16: mx.float16, torch.bfloat16: mx.bfloat16}
+    known = lambda value: isinstance(value, torch.Tensor) and value.dtype in kinds
+    if not isinstance(tensors, dict) or not all(known(value) for value in tensors.values()):
+        raise UserError(f"{directory / PICKLE}: expected names and tensors of float32, float16 or bfloat16")
+    return {name: mx.array(t.float().numpy()).astype(kinds[t.dtype]) for name, t in tensors.items()}
 
 
 def without_copies(tensors, parameters):
-    """(tensors, [names left out]): without those that are the base's own, bit for bit; PEFT saves embedding and head along where
-    one of them is adapted."""
+    """(tensors, [names left out]): without those that are the base's own, bit for bit; PEFT saves embedding and head
+    along where one of them is adapted."""
     def is_copy(key, array):
         own = parameters.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
-        return own is not None and own.shape == array.shape and mx.array_equal(own.astype(mx.float32), array.astype(mx.float32)).item()
+        return own is not None and own.shape == array.shape and \
+            mx.array_equal(own.astype(mx.float32), array.astype(mx.float32)).item()
 
     copies = sorted(key for key, array in tensors.items() if is_copy(key, array))
     return {key: array for key, array in tensors.items() if key not in copies}, copies
 
 
 def sort_tensors(tensors, kind, directory):
-    """{module name: {"lora_a": (in, r), "lora_b": (r, out), "m": (out,)}} of PEFT's tensors; UserError for any other tensor and
-    for a module that lacks one."""
+    """{module name: {"lora_a": (in, r), "lora_b": (r, out), "m": (out,)}} of PEFT's tensors; UserError for any other
+    tensor and for a module that lacks one."""
     modules = {}
     for key, array in tensors.items():
         for ending, leaf in LEAVES.items():
@@ -163,8 +175,8 @@ def sort_tensors(tensors, kind, directory):
     wanted = {"lora_a", "lora_b"} | ({"m"} if kind == "dora" else set())
     for name, leaves in sorted(modules.items()):
         if set(leaves) != wanted:
-            raise UserError(f"{directory}: {name} has {', '.join(sorted(leaves))} where {kind} (use_dora in {CONFIG}) needs "
-                            f"{', '.join(sorted(wanted))}")
+            raise UserError(f"{directory}: {name} has {', '.join(sorted(leaves))} where {kind} (use_dora in {CONFIG}) "
+                            f"needs {', '.join(sorted(wanted))}")
     if not modules:
         raise UserError(f"{directory} holds no adapter weights")
     return modules
@@ -177,8 +189,8 @@ def check_shapes(name, leaves, base_shape, directory):
     wanted = {"lora_a": (in_size, rank), "lora_b": (rank, out_size), "m": (out_size,)}
     for leaf, array in leaves.items():
         if array.shape != wanted[leaf]:
-            raise UserError(f"{directory}: {name}.{leaf} has shape {list(array.shape)} (in, out), and the base model needs "
-                            f"{list(wanted[leaf])}; the adapter belongs to another base")
+            raise UserError(f"{directory}: {name}.{leaf} has shape {list(array.shape)} (in, out), and the base model "
+                            f"needs {list(wanted[leaf])}; the adapter belongs to another base")
 
 
 def is_target(name, config, directory):
@@ -204,7 +216,7 @@ def is_target(name, config, directory):
 
 
 def matched(pattern, name, directory):
-    """The match of a configuration's regular expression with a whole name, None for none. Raises UserError for a broken one."""
+    """The match of a configuration's regular expression with a whole name, or None. UserError for a broken one."""
     try:
         return re.fullmatch(pattern, name)
     except re.error as error:
@@ -212,10 +224,11 @@ def matched(pattern, name, directory):
 
 
 def rank_and_scale(name, config, directory):
-    """(r, what B A is multiplied by) of a module: rank_pattern and alpha_pattern, whose keys are ends of names or regular
-    expressions, before r and lora_alpha."""
+    """(r, what B A is multiplied by) of a module: rank_pattern and alpha_pattern, whose keys are ends of names or
+    regular expressions, before r and lora_alpha."""
     def own(patterns, default):
-        return next((value for key, value in (patterns or {}).items() if matched(rf"(.*\.)?({key})", name, directory)), default)
+        found = (value for key, value in (patterns or {}).items() if matched(rf"(.*\.)?({key})", name, directory))
+        return next(found, default)
 
     rank, alpha = own(config.get("rank_pattern"), config["r"]), own(config.get("alpha_pattern"), config["lora_alpha"])
     if type(rank) is not int or rank < 1 or not finite_number(alpha):
@@ -224,11 +237,13 @@ def rank_and_scale(name, config, directory):
 
 
 def join(modules, settings, kind, config):
-    """(Adapter, notes) with one rank and one scale, as mlx-lm has them, that computes the same: smaller ranks are filled up with
-    zeros (which get no gradient either), and a scale of its own is multiplied into lora_b, in float32."""
+    """(Adapter, notes) with one rank and one scale, as mlx-lm has them, that computes the same: smaller ranks are
+    filled up with zeros (which get no gradient either), and a scale of its own is multiplied into lora_b, in float32.
+    """
     for name, leaves in sorted(modules.items()):
         if leaves["lora_b"].shape[0] != settings[name][0]:
-            raise UserError(f"{name} has rank {leaves['lora_b'].shape[0]} in the weights and {settings[name][0]} in {CONFIG}")
+            own_rank = leaves["lora_b"].shape[0]
+            raise UserError(f"{name} has rank {own_rank} in the weights and {settings[name][0]} in {CONFIG}")
     ranks, scales = [rank for rank, _ in settings.values()], [scale for _, scale in settings.values()]
     rank, scale = max(ranks), max(set(scales), key=lambda s: (s != 0, scales.count(s), s))
     joined, notes = {}, []
@@ -244,25 +259,27 @@ def join(modules, settings, kind, config):
     if len(set(ranks)) > 1:
         notes.append(f"ranks {', '.join(map(str, sorted(set(ranks))))} (rank_pattern): filled up to {rank} with zeros")
     if len(set(scales)) > 1:
-        notes.append(f"scales of {sum(s != scale for s in scales)} modules (alpha / r) multiplied into lora_b; the common one is {scale:g}")
+        notes.append(f"scales (alpha / r) of {sum(s != scale for s in scales)} modules multiplied into lora_b; the "
+                     f"common one is {scale:g}")
     return Adapter(kind, rank, scale, config["lora_dropout"], joined), notes
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 def write_peft(adapter, directory, base_name, model_type, linears):
-    """Write `adapter` as PEFT's save_pretrained does, for a base of `model_type` with `linears` {module name: (out, in)}. Raises
-    UserError for a module whose name in transformers isn't known to be the same."""
+    """Write `adapter` as PEFT's save_pretrained does, for a base of `model_type` with `linears` {module name: (out,
+    in)}. Raises UserError for a module whose name in transformers isn't known to be the same."""
     for name in sorted(adapter.modules):
         if not re.fullmatch(SAME_NAMES[model_type], name):
-            raise UserError(f"{name}: it isn't known to be the same module in transformers' {model_type}, so PEFT couldn't find it")
+            raise UserError(f"{name}: it isn't known to be the same module in transformers' {model_type}, so PEFT "
+                            "couldn't find it; train without it, or fuse")
     targets, layers = targets_of(set(adapter.modules), set(linears))
     alpha = adapter.scale * adapter.rank
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True,
-              "r": adapter.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": adapter.dropout,
-              "target_modules": targets, "layers_to_transform": layers, "use_dora": adapter.kind == "dora", "use_rslora": False,
-              "rank_pattern": {}, "alpha_pattern": {}, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None,
-              "init_lora_weights": True}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
+              "inference_mode": True, "r": adapter.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+              "lora_dropout": adapter.dropout, "target_modules": targets, "layers_to_transform": layers,
+              "use_dora": adapter.kind == "dora", "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
+              "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "init_lora_weights": True}
     endings = {leaf: ending for ending, leaf in LEAVES.items()}
     arrays = {f"{PREFIX}{name}.{endings[leaf]}": mx.contiguous(array.T)
               for name, leaves in sorted(adapter.modules.items()) for leaf, array in leaves.items()}
@@ -278,6 +295,6 @@ def targets_of(names, linears):
     meant = {name for name in linears if name.rsplit(".", 1)[-1] in ends}
     if names == meant:
         return ends, None
-    in_layers = {name for layer, inner in by_layer(meant)[0].items() if layer in layers for name in
-                 (f"model.layers.{layer}.{end}" for end in inner)}
+    in_layers = {f"model.layers.{layer}.{end}" for layer, inner in by_layer(meant)[0].items() if layer in layers
+                 for end in inner}
     return (ends, sorted(layers)) if not others and names == in_layers else (sorted(names), None)
