@@ -24,10 +24,8 @@ import argparse
 import asyncio
 import contextlib
 import copy
-import csv
 import importlib.util
 import inspect
-import io
 import json
 import math
 import os
@@ -53,7 +51,7 @@ from mlx_grpo import linux_blas  # noqa: E402, F401  before mlx.core; see there
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
+from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -645,149 +643,6 @@ def shipped_path(path):
     return Path(path) if Path(path).exists() or not (HERE / path).exists() else HERE / path
 
 
-def resolve_model(name_or_path):
-    """The local directory of a model: itself, or the hub's snapshot of that id. Raises UserError."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from mlx_lm.utils import _download
-
-    if shipped_path(name_or_path).is_dir():
-        return shipped_path(name_or_path)
-    if str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") != 1:
-        raise UserError(f"model_name {str(name_or_path)!r}: no such directory, and not a hub id like Qwen/Qwen3-0.6B")
-    try:
-        return Path(_download(str(name_or_path)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model_name {str(name_or_path)!r}: no such directory, and the hub did not give it ({reason}); "
-                        "check the name, the connection, or `hf auth login` for a gated model") from error
-
-
-class BaseModelLoader:
-    """How one kind of model directory is opened; subclass it for model_loader = "my_loader.py:MyLoader"."""
-
-    trust_remote_code = False
-
-    def validate_compatibility(self, path, config):
-        """Raises UserError where the directory `path` (config: its config.json) is not of this loader's kind or can't
-        be trained."""
-        from mlx_grpo.model_config import unsupported_reason
-
-        if reason := unsupported_reason(config):
-            raise UserError(f"{path}: {reason}")
-
-    def load_model(self, path, config):
-        """(model, config) from a directory and its config.json as a dictionary."""
-        from mlx_grpo.model_config import normalize_config
-        from mlx_lm.utils import load_model
-
-        try:
-            return load_model(path, lazy=True, model_config=normalize_config(config),
-                              trust_remote_code=self.trust_remote_code)
-        except (ValueError, FileNotFoundError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            remedy = "; set trust_remote_code = true if you trust it" if config.get("model_file") else ""
-            raise UserError(f"{path}: mlx-lm can't load this model: {reason}{remedy}") from error
-
-    def load_tokenizer(self, path, config):
-        """The tokenizer, with mlx-lm's TokenizerWrapper's attributes (encode, decode, apply_chat_template,
-        eos_token_ids, detokenizer...)."""
-        from mlx_lm.utils import load_tokenizer
-
-        try:
-            return load_tokenizer(path, {"trust_remote_code": self.trust_remote_code}, config.get("eos_token_id"))
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path}: can't load the tokenizer: {str(error).splitlines()[0]}") from error
-
-
-class NanoChatLoader(BaseModelLoader):
-    """nanochat, all generations: mlx-lm's model for the first, ours for the others; tokenizer.pkl through the wrapper."""
-
-    def load_model(self, path, config):
-        from mlx_grpo import nanochat_model
-
-        if config.get("model_type") != nanochat_model.MODEL_TYPE:
-            return super().load_model(path, config)
-        sys.modules[f"mlx_lm.models.{nanochat_model.MODEL_TYPE}"] = nanochat_model
-        return super().load_model(path, {**config, "model_file": None})     # the project's own class, not the folder's
-
-    def load_tokenizer(self, path, config):
-        if (Path(path) / "tokenizer.pkl").exists():
-            return TiktokenTokenizerWrapper.from_directory(path)
-        return super().load_tokenizer(path, config)
-
-
-class CustomModelLoader(BaseModelLoader):
-    """A model whose directory brings its own Python file (config.json's model_file); needs trust_remote_code."""
-
-    def validate_compatibility(self, path, config):
-        if not config.get("model_file"):
-            raise UserError(f'{path}: model_loader = "custom" needs a config.json that names a model_file')
-        if not self.trust_remote_code:
-            raise UserError(f"{path}: loading would run {config['model_file']} from that directory; "
-                            "set trust_remote_code = true if you trust it")
-
-
-LOADERS = {"mlx_lm": BaseModelLoader, "nanochat": NanoChatLoader, "custom": CustomModelLoader}
-
-
-def find_loader(path, config, loader="auto"):
-    """The loader's class for a model directory: by name from LOADERS, from the user's file, or recognised."""
-    if loader == "auto":
-        nanochat = (Path(path) / "tokenizer.pkl").exists() or str(config.get("model_type")).startswith("nanochat")
-        return NanoChatLoader if nanochat else CustomModelLoader if config.get("model_file") else BaseModelLoader
-    if loader in LOADERS:
-        return LOADERS[loader]
-    if not loader.partition(":")[0].endswith(".py"):
-        raise ConfigError(f'model_loader {loader!r} is neither "auto", one of {", ".join(LOADERS)}, nor file.py:Class'
-                          + nearest(loader, LOADERS))
-    return load_symbol(loader, "model_loader")
-
-
-def load_model(name_or_path, *, loader="auto", trust_remote_code=False, dtype=None):
-    """(model, tokenizer) of a directory or hub id: any mlx-lm model, any nanochat generation, a checkpoint of ours.
-
-    dtype: weights are cast to it ("float32", "bfloat16", "float16"); None keeps the stored one. `model.source_path` is
-    the directory. Raises UserError for what can't be loaded, encoder models among them."""
-    path = resolve_model(name_or_path)
-    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        return load_adapted_model(path, loader=loader, trust_remote_code=trust_remote_code, dtype=dtype)
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable config.json ({error}); is it a model directory?") from error
-    opener = find_loader(path, config, loader)()
-    opener.trust_remote_code = trust_remote_code
-    opener.validate_compatibility(path, config)
-    model, config = opener.load_model(path, config)
-    tokenizer = opener.load_tokenizer(path, config)
-    if dtype:
-        model.update(cast_floats(model.parameters(), dtype))
-    mx.eval(model.parameters())
-    model.eval()
-    model.source_path = path
-    return model, tokenizer
-
-
-def load_adapted_model(path, **options):
-    """(model, tokenizer) of adapters in mlx-lm's format on the base model that their adapter_config.json names."""
-    from mlx_lm.tuner.utils import load_adapters
-
-    try:
-        base = json.loads((path / "adapter_config.json").read_text()).get("model")
-    except ValueError as error:
-        raise UserError(f"{path}/adapter_config.json: not JSON: {error}") from error
-    if not base:
-        raise UserError(f"{path}/adapter_config.json names no base model; load that with --adapter-path instead")
-    model, tokenizer = load_model(base, **options)
-    try:
-        load_adapters(model, str(path))
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise UserError(f"{path}: these adapters don't fit {base}: {str(error).splitlines()[-1].strip()}") from error
-    mx.eval(model.parameters())
-    model.eval()
-    return model, tokenizer
-
-
 def cast_floats(tree, dtype):
     """The tree with its floating-point arrays in `dtype` (a name or an mx.Dtype); the others, and equal ones, shared."""
     dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
@@ -796,6 +651,12 @@ def cast_floats(tree, dtype):
 
 def is_quantized(model):
     return any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
+
+
+def count_parameters(model):
+    from mlx_lm.utils import get_total_parameters
+
+    return get_total_parameters(model)
 
 
 def frozen_copy(model, *, bits=0, group_size=64, precision=None):
@@ -825,6 +686,10 @@ def frozen_copy(model, *, bits=0, group_size=64, precision=None):
     return twin
 
 
+from mlx_grpo.model_loading import (  # noqa: E402
+    LOADERS, BaseModelLoader, CustomModelLoader, NanoChatLoader, find_loader, load_adapted_model, load_model, resolve_model)
+
+
 # ---- problems --------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -849,136 +714,7 @@ def extract_xml_answer(text: str) -> str | None:
     return text[start + len("<answer>"):text.find("</answer>", start)].strip() if start >= 0 else None
 
 
-def worked_solution(answer_text):
-    """A GSM8K answer as a demonstration in the XML format: its steps without <<...>> marks, then its number."""
-    steps, _, number = answer_text.rpartition("####")
-    steps = re.sub(r"<<[^>]*>>", "", steps).strip()
-    return f"<reasoning>\n{steps}\n</reasoning>\n<answer>\n{number.strip().replace(',', '')}\n</answer>"
-
-
-def make_problem(row, config, where):
-    """A Problem from one row (a dictionary). Raises UserError naming `where` and the missing column."""
-    for option in ("prompt_column", "answer_column", "solution_column"):
-        column = vars(config)[option]
-        if column and row.get(column) in (None, "", []):
-            raise UserError(f"{where}: no {column!r} (the row has {', '.join(map(repr, row)) or 'nothing'}); mend the row, or "
-                            f"set {option} to the right column" + ' ("" = no gold answers)' * (option == "answer_column"))
-    prompt, answer = row[config.prompt_column], row.get(config.answer_column)
-    if isinstance(prompt, list):
-        if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                   for m in prompt):
-            raise UserError(f"{where}: {config.prompt_column!r} is a list, so each item must have a role and a content, both "
-                            "text")
-        prompt = [{"role": m["role"], "content": m["content"]} for m in prompt]
-        if config.prompt_format == "text":
-            raise UserError(f'{where}: {config.prompt_column!r} holds chat messages; set prompt_format = "chat"')
-    elif isinstance(prompt, str):
-        prompt = prompt if config.prompt_format == "text" else [{"role": "user", "content": prompt}]
-    else:
-        raise UserError(f"{where}: {config.prompt_column!r} must be text or a list of chat messages, got {prompt!r}")
-    if config.system_prompt and isinstance(prompt, str):
-        prompt = f"{config.system_prompt}\n\n{prompt}"
-    elif config.system_prompt and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
-    text = None if answer is None else str(answer)
-    marked = text is not None and "####" in text
-    gold = extract_hash_answer(text) if marked else text
-    solution = str(row[config.solution_column]) if config.solution_column else worked_solution(text) if marked else None
-    return Problem(prompt, gold, {**row, "answer": gold}, solution)
-
-
-def read_rows(path):
-    """[(row, "file:line")] of a .jsonl, .csv or .parquet file. Raises UserError naming file and line."""
-    path = shipped_path(path)
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.lib
-            import pyarrow.parquet
-
-            try:
-                table = pyarrow.parquet.read_table(path)
-            except pyarrow.lib.ArrowInvalid as error:
-                raise UserError(f"{path}: not a parquet file: {error}") from error
-            return [(row, f"{path} row {i + 1}") for i, row in enumerate(table.to_pylist())]
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: can't read the data: {error.strerror or error}; check dataset") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error}") from error
-    if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        rows, line = [], 2
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(f"{path}:{line}: the row has not as many fields as the header "
-                                    f"({len(reader.fieldnames)}); quote fields that hold a comma")
-                rows.append((row, f"{path}:{line}"))
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(f"{path}:{line}: not CSV: {error}") from error
-        return rows
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):       # not splitlines: JSON text may hold other line separators
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: expected an object with columns, got {type(row).__name__}")
-            rows.append((row, f"{path}:{number}"))
-    return rows
-
-
-def hub_rows(name, config_name, split):
-    """Rows of one split of a data set of the hub, or of a local directory in its layout. Raises UserError."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        data = load_dataset(name, config_name or None, split=split)
-    except (ConnectionError, FileNotFoundError, ValueError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"dataset {name!r} (dataset_config {config_name!r}, split {split!r}): {reason}; check these names "
-                        '(dataset_config = "" is its default, eval_split = "" holds out a share of the rows), or name a local '
-                        ".jsonl, .csv or .parquet file") from error
-    return [(dict(row), f"{name} {split} row {i}") for i, row in enumerate(data)]
-
-
-def load_problems(config):
-    """(training problems, held-out problems) as `config` describes them, in the data's order or, with shuffle, a seeded
-    one. Held-out problems are those of eval_split for a hub data set, else a seeded share of the rows; one that asks
-    what a training problem asks is left out. Raises UserError, for a data set without rows too."""
-    order = random.Random(f"split {config.seed}")
-    name, held_out = config.dataset, []
-    if name.startswith("synthetic:"):
-        from mlx_grpo.synthetic import generate
-
-        count = config.max_train_samples or 2000
-        made = generate(name.removeprefix("synthetic:"), count + 2 * config.eval_samples, config.seed,
-                        options=config.dataset_options)
-        rows = [(row, f"{name} row {i}") for i, row in enumerate(made)]
-        rows, held_out = rows[:count], rows[count:]
-    elif Path(name).suffix in (".jsonl", ".csv", ".parquet"):
-        rows = read_rows(name)
-    else:
-        name = str(shipped_path(name))
-        rows = hub_rows(name, config.dataset_config, config.dataset_split)
-        if config.eval_split and config.eval_samples:
-            held_out = hub_rows(name, config.dataset_config, config.eval_split)
-    if not held_out and config.eval_samples and config.eval_fraction:
-        chosen = set(order.sample(range(len(rows)), int(len(rows) * config.eval_fraction)))
-        rows, held_out = [r for i, r in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
-    if config.shuffle:
-        order.shuffle(rows)
-        order.shuffle(held_out)
-    problems = [make_problem(row, config, where) for row, where in rows[:config.max_train_samples or None]]
-    if not problems:
-        raise UserError(f"dataset {name!r} has no training rows")
-    asked = {json.dumps(p.prompt) for p in problems}
-    held_out = [make_problem(row, config, where) for row, where in held_out]
-    return problems, [p for p in held_out if json.dumps(p.prompt) not in asked][:config.eval_samples]
+from mlx_grpo.problems import hub_rows, load_problems, make_problem, read_rows, worked_solution  # noqa: E402
 
 
 def render_prompt(tokenizer, problem, config):
@@ -1902,6 +1638,9 @@ def merge_metrics(parts):
 
 # ---- trainer ---------------------------------------------------------------------------------------------------------
 
+from mlx_grpo.learner import Learner, checkpointed_blocks, clip_gradients, lora_parameters, prepare_trainable  # noqa: E402
+
+
 class TrainerCallback:
     """Hooks for people who want their own loop around ours; override what you need. `trainer` is the MLXGRPOTrainer,
     `metrics` the step's dictionary, which may be added to. Return True from on_step_end to stop training."""
@@ -1946,142 +1685,6 @@ def prompt_order(start, count, total, seed, shuffle):
             epochs[epoch] = order
         return epochs[epoch][place]
     return [at(start + i) for i in range(count)]
-
-
-def lora_parameters(config):
-    """The adapters' settings under mlx-lm's names, as adapter_config.json holds them."""
-    scale = config.lora_alpha / config.lora_rank if config.lora_alpha else config.lora_scale
-    found = {"rank": config.lora_rank, "scale": scale, "dropout": config.lora_dropout}
-    return found | ({"keys": config.lora_keys} if config.lora_keys else {})
-
-
-def prepare_trainable(model, config):
-    """Leave trainable what config.fine_tune_type says: everything, or new adapters on a frozen base.
-
-    Adapters are mlx-lm's: B starts at 0, so the model computes what it did; A is drawn from the seed. Raises UserError
-    for a quantised model without adapters (only its norms would train, without an error), and for unknown lora_keys."""
-    if config.fine_tune_type == "full":
-        if is_quantized(model):
-            raise UserError(f'{config.model_name} is quantised, so full fine-tuning would train only its norms; set '
-                            'fine_tune_type = "lora", or convert it back with utils/convert_model.py --dequantize')
-        model.unfreeze()
-        return
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
-    if config.lora_layers > len(model.layers):
-        raise ConfigError(f"lora_layers is {config.lora_layers}, but the model has {len(model.layers)} blocks; -1 takes all")
-    names = {name for name, module in model.named_modules()} | {n for b in model.layers for n, _ in b.named_modules()}
-    if unknown := [key for key in config.lora_keys if key not in names]:
-        raise ConfigError(f"lora_keys: the model has no module {unknown[0]!r}{nearest(unknown[0], names)}")
-    model.freeze()
-    mx.random.seed(config.seed)
-    layers = config.lora_layers if config.lora_layers >= 0 else len(model.layers)
-    try:
-        linear_to_lora_layers(model, layers, lora_parameters(config), use_dora=config.fine_tune_type == "dora")
-    except ValueError as error:
-        raise ConfigError(f"fine_tune_type {config.fine_tune_type!r}: {error}") from error
-
-
-@contextlib.contextmanager
-def checkpointed_blocks(model, on):
-    """While it lasts, each block of the model keeps only its input for the backward pass and is computed again there
-    (arXiv 1604.06174)."""
-    kinds = {type(block): type(block).__call__ for block in model.layers} if on else {}
-
-    def checkpointed(call):
-        def block_call(block, *args, **kwargs):
-            def of_weights(weights, *args, **kwargs):
-                block.update(weights)
-                return call(block, *args, **kwargs)
-            return mx.checkpoint(of_weights)(block.trainable_parameters(), *args, **kwargs)
-        return block_call
-
-    for kind, call in kinds.items():
-        kind.__call__ = checkpointed(call)
-    try:
-        yield
-    finally:
-        for kind, call in kinds.items():
-            kind.__call__ = call
-
-
-def clip_gradients(gradients, max_norm):
-    """(gradients scaled to at most max_norm over all together, their norm before); max_norm 0 = as they are."""
-    norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(gradients)))
-    if max_norm:
-        scale = mx.minimum(1.0, max_norm / (norm + 1e-6))
-        gradients = tree_map(lambda g: g * scale, gradients)
-    return gradients, norm
-
-
-class Learner:
-    """A model's trained weights: float32 whatever the dtype it computes in, with the optimizer's moments beside them.
-
-    MLX's optimizers keep weights and moments in the weights' dtype, and a bfloat16 weight does not move by an update
-    below 0.4 % of itself: 100 updates at learning rate 1e-6 move 2 % of them. So the update is done in float32, and
-    the model gets its weights cast to the compute dtype. In float32 both are the same arrays."""
-
-    def __init__(self, model, config, dtype):
-        from mlx_grpo.optimizers import make_optimizer
-
-        prepare_trainable(model, config)
-        self.model, self.config, self.dtype = model, config, dtype
-        self.master_dtype = getattr(mx, config.optimizer_dtype)
-        self.master = cast_floats(model.trainable_parameters(), self.master_dtype)
-        self.optimizer = make_optimizer(config, self.master)
-        self.optimizer.init(self.master)
-        self.model.update(cast_floats(model.parameters(), dtype))
-        mx.eval(self.master, self.model.parameters())
-
-    def gradients_of(self, loss, compiled=False):
-        """A function of (batch, *totals) -> (value, metrics, float32 gradients with respect to the trained weights), for
-        loss(batch, *totals) -> (value, metrics). totals are scalar arrays; compiled: by mx.compile, once per shape."""
-        def of_weights(weights, arrays, *totals):
-            self.model.update(weights)
-            return loss(Batch(**arrays), *totals)
-
-        value_and_grad = mx.value_and_grad(of_weights)
-        if compiled:
-            value_and_grad = mx.compile(value_and_grad)
-
-        def gradients(batch, *totals):
-            weights = self.model.trainable_parameters()
-            with checkpointed_blocks(self.model, self.config.gradient_checkpointing):
-                (value, metrics), found = value_and_grad(weights, vars(batch), *totals)
-            self.model.update(weights)                       # the traced ones would hold on to the whole graph
-            found = cast_floats(found, mx.float32)
-            mx.eval(value, metrics, found)                   # one pass's activations are freed before the next
-            return value.item(), {k: v.item() for k, v in metrics.items()}, found
-
-        return gradients
-
-    def update(self, gradients, learning_rate):
-        """One optimizer update; returns the gradient norm before clipping. Raises UserError where it is not finite."""
-        gradients, norm = clip_gradients(gradients, self.config.max_grad_norm)
-        if not math.isfinite(norm.item()):
-            raise NotFinite(f"the gradient norm is {norm.item()}; lower learning_rate, or use dtype = \"float32\"")
-        self.optimizer.learning_rate = learning_rate
-        self.master = self.optimizer.apply_gradients(gradients, self.master)
-        self.model.update(cast_floats(self.master, self.dtype))
-        mx.eval(self.master, self.model.parameters(), self.optimizer.state)
-        return norm.item()
-
-    def description(self):
-        """One line: what is trained, in which dtype, and the bytes of weights, gradients and moments."""
-        from mlx_grpo.files import human_bytes
-
-        size = lambda tree: sum(a.nbytes for _, a in tree_flatten(tree))
-        trained = sum(a.size for _, a in tree_flatten(self.master))
-        total = count_parameters(self.model)
-        apart = self.master_dtype != self.dtype
-        kind = {"full": "all weights", "lora": "LoRA", "dora": "DoRA"}[self.config.fine_tune_type]
-        if self.config.fine_tune_type != "full":
-            settings = lora_parameters(self.config)
-            said = f" = alpha {self.config.lora_alpha:g} / rank" if self.config.lora_alpha else ""
-            kind += f" (rank {settings['rank']}, scale {settings['scale']:g}{said})"
-        return (f"training {kind}: {trained:,} of {total:,} parameters, {self.config.optimizer} in {self.config.optimizer_dtype} | "
-                f"weights {human_bytes(size(self.model.parameters()) + apart * size(self.master))}, gradients "
-                f"{human_bytes(4 * trained)}, moments {human_bytes(size(self.optimizer.state))}")
 
 
 class MLXGRPOTrainer:
@@ -2670,6 +2273,12 @@ class SFTTrainer(MLXGRPOTrainer):
 
 # ---- evaluation, checkpoints, run log --------------------------------------------------------------------------------
 
+from mlx_grpo.run_files import (  # noqa: E402
+    OLD_POLICY, REFERENCE, WINDOW, RunLog, find_checkpoints, load_checkpoint, read_metrics, save_arrays, save_checkpoint,
+    save_tokenizer, save_weights, versions)
+
+
+
 def evaluate(model, tokenizer, problems, config):
     """({"exact_match", "mean_length", "clipped_ratio"}, [completion text]): one completion for each problem with the
     training prompt, greedy unless eval_temperature; exact match is numeric-aware (same_answer)."""
@@ -2681,150 +2290,6 @@ def evaluate(model, tokenizer, problems, config):
     lengths = completion_metrics(rollouts)
     return {"exact_match": float(np.mean(right)), "mean_length": lengths["completions/mean_length"],
             "clipped_ratio": lengths["completions/clipped_ratio"]}, texts
-
-
-# Beside the weights, where there is such a thing to continue with (mlx-lm reads model*.safetensors only): model_old that is
-# older than the model, a reference that has moved, what is left of the rollout batch.
-OLD_POLICY, REFERENCE, WINDOW = "old_policy.safetensors", "reference.safetensors", "rollouts.safetensors"
-
-
-def save_checkpoint(path, learner, tokenizer, state, extra):
-    """Write a model directory with float32 weights (model.safetensors, sharded when large; config.json; tokenizer;
-    generation_config.json), or adapters in mlx-lm's format, and optimizer.safetensors and trainer_state.json; under a
-    temporary name, then rename it."""
-    from mlx_grpo.files import atomic_directory
-
-    source = Path(learner.model.source_path)
-    with atomic_directory(path, replace=True) as work:
-        if learner.config.fine_tune_type == "full":
-            save_weights(work, dict(tree_flatten(learner.model.parameters())) | dict(tree_flatten(learner.master)))
-            config = json.loads((source / "config.json").read_text())
-            config["torch_dtype"] = config["dtype"] = learner.config.optimizer_dtype
-            (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            for file in [source / "generation_config.json", *source.glob("*.py")]:
-                if file.exists():
-                    (work / file.name).write_bytes(file.read_bytes())
-        else:
-            save_arrays(work / "adapters.safetensors", dict(tree_flatten(learner.master)))
-            layers = learner.config.lora_layers if learner.config.lora_layers >= 0 else len(learner.model.layers)
-            adapter = {"fine_tune_type": learner.config.fine_tune_type, "num_layers": layers,
-                       "lora_parameters": lora_parameters(learner.config), "model": learner.config.model_name}
-            (work / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
-        save_tokenizer(tokenizer, work)
-        save_arrays(work / "optimizer.safetensors", dict(tree_flatten(learner.optimizer.state)))
-        for file, arrays in extra.items():
-            save_arrays(work / file, arrays)
-        (work / "trainer_state.json").write_text(json.dumps(state | {"versions": versions()}, indent=2) + "\n")
-
-
-def save_arrays(file, arrays):
-    """A safetensors file; sorted by name, so that equal arrays give equal bytes."""
-    mx.save_safetensors(str(file), dict(sorted(arrays.items())), metadata={"format": "mlx"})
-
-
-def save_weights(directory, weights):
-    """model.safetensors, or shards of at most 5 GB with the index that mlx-lm and transformers read."""
-    from mlx_lm.utils import make_shards
-
-    shards = make_shards(dict(sorted(weights.items())))
-    names = ["model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-             for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-        save_arrays(directory / name, shard)
-    index = {"metadata": {"total_size": sum(a.nbytes for a in weights.values())},
-             "weight_map": {key: name for name, shard in zip(names, shards) for key in sorted(shard)}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def save_tokenizer(tokenizer, directory):
-    """The tokenizer's files, special_tokens_map.json among them (transformers 5 no longer writes that one)."""
-    tokenizer.save_pretrained(directory)
-    names = {k: str(v) for k in ("bos_token", "eos_token", "pad_token", "unk_token") if (v := getattr(tokenizer, k, None))}
-    file = Path(directory) / "special_tokens_map.json"
-    if not file.exists():
-        file.write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n")
-
-
-def load_checkpoint(path, learner):
-    """Put a checkpoint's weights and moments into the learner; returns its trainer state."""
-    full = learner.config.fine_tune_type == "full"
-    weights = {}
-    for file in sorted(Path(path).glob("model*.safetensors" if full else "adapters.safetensors")):
-        weights |= mx.load(str(file))
-    if not weights:
-        raise UserError(f"{path} holds no {'weights' if full else 'adapters'}; it was not saved by a run with "
-                        f"fine_tune_type = {learner.config.fine_tune_type!r}")
-    learner.model.load_weights(list(weights.items()), strict=full)
-    learner.master = cast_floats(learner.model.trainable_parameters(), learner.master_dtype)
-    learner.model.update(cast_floats(learner.model.parameters(), learner.dtype))
-    learner.optimizer.state = tree_unflatten(list(mx.load(str(Path(path) / "optimizer.safetensors")).items()))
-    mx.eval(learner.master, learner.model.parameters(), learner.optimizer.state)
-    return json.loads((Path(path) / "trainer_state.json").read_text())
-
-
-def find_checkpoints(run_dir):
-    """The finished checkpoints of a run, oldest first."""
-    found = [p.parent for p in Path(run_dir).glob("checkpoint-*/trainer_state.json")]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
-
-
-def versions():
-    from importlib.metadata import version
-    return {"python": sys.version.split()[0]} | {p: version(p) for p in ("mlx", "mlx-lm", "numpy")}
-
-
-class RunLog:
-    """metrics.jsonl and completions.jsonl of a run, and its lines on the terminal. run_dir None writes no files."""
-
-    def __init__(self, run_dir):
-        self.run_dir = Path(run_dir) if run_dir else None
-        self.started, self.first_step = time.perf_counter(), None
-
-    def append(self, name, rows):
-        if self.run_dir:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            with open(self.run_dir / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    def metrics(self, metrics):
-        self.append("metrics.jsonl", [metrics])
-
-    def completions(self, step, rollouts, scores, names, rewards, advantages, extras):
-        """One object for each completion: prompt, text, each reward, advantage, length."""
-        rows, G = [], len(rollouts[0].completion_ids)
-        for i, row in enumerate(scores):
-            r, g = rollouts[i // G], i % G
-            rows.append({
-                "step": step, "prompt": r.problem.prompt, "answer": r.problem.answer, "completion": r.texts[g],
-                "rewards": {n: None if np.isnan(s) else float(s) for n, s in zip(names, row)},
-                "reward": finite_or_none(rewards.reshape(-1)[i]), "advantage": float(advantages.reshape(-1)[i]),
-                "length": len(r.completion_ids[g]), "ended": r.ended[g], **{k: v[i] for k, v in extras.items()}})
-        self.append("completions.jsonl", rows)
-
-    def cut_after(self, step):
-        """Drop what was logged after `step`, when a run continues from there."""
-        for name in ("metrics.jsonl", "completions.jsonl"):
-            if self.run_dir and (file := self.run_dir / name).exists():
-                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-                temporary = file.with_suffix(".tmp")
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-                os.replace(temporary, file)
-
-    def line(self, m, total):
-        """One line for people, the same fields in the same order."""
-        if self.first_step is None:
-            self.first_step, self.started = m["step"] - 1, time.perf_counter() - m["step_time"]
-        done = m["step"] - self.first_step
-        left = (time.perf_counter() - self.started) / done * (total - m["step"])
-        parts = [f"step {m['step']}/{total}"]
-        if m.get("reward") is not None:
-            parts += [f"reward {m['reward']:.3f} ±{m['reward_std'] or 0:.2f}", f"kl {m['kl']:.4f}",
-                      f"clip {m['clip_ratio/region_mean']:.2f}",
-                      f"len {m['completions/mean_length']:.0f} (ended {1 - m['completions/clipped_ratio']:.0%})"]
-        parts += [f"loss {m['loss']:.4f}", f"lr {m['learning_rate']:.1e}", f"{m['step_time']:.1f} s"
-                  + (f" (rollout {m['rollout_s']:.1f})" if "rollout_s" in m else ""), f"{m['peak_gb']:.1f} GB"]
-        parts += [f"exact match {m['eval/exact_match']:.2f}"] if "eval/exact_match" in m else []
-        print(" | ".join(parts) + f" | {left / 60:.0f} min left", flush=True)
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -2916,12 +2381,6 @@ def train_command(args):
     return 0
 
 
-def count_parameters(model):
-    from mlx_lm.utils import get_total_parameters
-
-    return get_total_parameters(model)
-
-
 def print_summary(trainer, seconds):
     """What the run did: exact match before and after, one completion of each, and where everything is."""
     run_dir = trainer.run_dir
@@ -3006,15 +2465,6 @@ def plan_command(args):
 
 def vocabulary_of(model):
     return model(mx.array([[0]])).shape[-1]
-
-
-def read_metrics(run_dir):
-    """The objects of a run's metrics.jsonl. Raises UserError where there is none."""
-    file = Path(run_dir) / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: can't read the metrics of a run: {error}") from error
 
 
 def run_report(run_dir):
