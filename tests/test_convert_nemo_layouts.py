@@ -247,10 +247,11 @@ def test_a_nemo2_directory_without_model_yaml_is_read_from_io_json(tmp_path):
 
 
 @pytest.mark.parametrize("name,expected", [
-    ("qwen2.Qwen2Config", {"layernorm_epsilon": 1e-6, "rotary_base": 1e6}), ("mixtral.MixtralConfig8x7B", {"rotary_base": 1e6}),
-    ("gemma.GemmaConfig7B", {"kv_channels": 256, "seq_length": 8192}), ("mistral.MistralConfig7B", {"sliding_window": 4096}),
-    ("llama.Llama31Config8B", {"rope": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                        "original_max_position_embeddings": 8192}})])
+    ("qwen2.Qwen2Config", {"layernorm_epsilon": 1e-6, "rotary_base": 1e6}),
+    ("mixtral.MixtralConfig8x7B", {"rotary_base": 1e6}), ("mistral.MistralConfig7B", {"sliding_window": 4096}),
+    ("gemma.GemmaConfig7B", {"kv_channels": 256, "seq_length": 8192}),
+    ("llama.Llama31Config8B", {"rope": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}})])
 def test_an_argument_that_io_json_leaves_out_is_its_class_default(name, expected):
     from mlx_grpo.nemo_config_in import from_megatron
     sizes = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4}

@@ -124,6 +124,11 @@ def check_sizes(spec, names, shown=None):
 def check_spec(family, spec):
     """Raises UserError where sizes are absent or don't fit each other."""
     check_sizes(spec, (*SIZES, "seq_length"))
+    if spec.get("vocab_size") is not None:            # a container may leave it to the tokenizer
+        check_sizes(spec, ("vocab_size",))
+    if type(spec["share_embeddings_and_output_weights"]) is not bool:
+        raise UserError("the configuration's share_embeddings_and_output_weights (tie_word_embeddings) is "
+                        f"{spec['share_embeddings_and_output_weights']!r}, neither true nor false")
     numbers = {name: spec.get(name) for name in NUMBERS} | {f"rope {k}": v for k, v in spec["rope"].items()
                                                             if k != "type"}
     for name, value in numbers.items():

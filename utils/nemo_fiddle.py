@@ -1,5 +1,5 @@
 """
-io.json of a NeMo 2 checkpoint, a graph of configured objects as the library fiddle serialises it: read and written as data.
+io.json of a NeMo 2 checkpoint, a graph of configured objects in fiddle's serialisation: read and written as data.
 
     config_arguments(graph, where)   the arguments of the model's config; a class or function is {"_target_": its name}
     write_graph(Config(...))         the graph of nested Configs, as NeMo's own saver gives it

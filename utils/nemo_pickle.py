@@ -181,7 +181,7 @@ class TorchZip:
                 if "byteorder" in self.entries and archive.read(self.entries["byteorder"]) != b"little":
                     raise UserError(f"{what} holds big-endian numbers, which are not supported")
                 self.value = read_pickle(archive.read(pickle_info), tensor_names(), what)
-        except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError) as error:
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error) as error:
             raise UserError(f"{what} is damaged or cut short: {error}") from error
         buffered.detach()                                       # else it closes the view when it is collected
 
