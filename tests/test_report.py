@@ -127,10 +127,11 @@ def test_only_the_new_part_of_a_file_is_read_again(tmp_path):
     fresh.update()
     assert rows.groups == fresh.groups and known.items() != fresh.groups.items()
     assert seen == len("".join(lines[:40]).encode()) and rows.lines == len(lines)
-    (tmp_path / "shorter").write_text("".join(lines[:8]))
-    os.replace(tmp_path / "shorter", file)                   # what a resumed run does
-    rows.update()
-    assert sum(map(len, rows.groups.values())) == 8
+    for kept in (lines[:8], lines[8:] + lines[-8:] * 9):
+        (tmp_path / "other").write_text("".join(kept))
+        os.replace(tmp_path / "other", file)                 # what a resumed run does
+        rows.update()
+        assert sum(map(len, rows.groups.values())) == len(kept)
 
 
 def test_long_runs_are_thinned_and_keep_their_evaluations(tmp_path):
