@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 from conftest import require
-from nemo_fixtures import CHECKPOINTS, FOLDERS, fixture, read_json, reference, same_tensors, tensors_of, transformers_logits
+from nemo_fixtures import (CHECKPOINTS, FOLDERS, fixture, read_json, reference, same_tensors, tensors_of,
+                           transformers_logits)
 
 from mlx_grpo import UserError
 from mlx_grpo.nemo_convert import export_hf, import_hf

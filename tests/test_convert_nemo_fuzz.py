@@ -1,4 +1,4 @@
-"""Random damage to each file of a checkpoint and a source: converted, or refused in one line with nothing left; never a traceback."""
+"""Random damage to each file of a checkpoint and a source: converted, or refused in one line with nothing left."""
 
 import json
 import random
@@ -20,7 +20,8 @@ FILES = [   # folder, what in it, file to damage (None: the archive itself)
         "weights/metadata.json", "weights/common.pt", "weights/__0_0.distcp")),
     ("llama_hf5_bridge060", "mbridge", "iter_0000000/run_config.yaml"), ("falcon_new_arch", "nemo1_dist.nemo", None),
     ("llama_nemo1", "nemo1_ckpt.nemo", None),
-    *(("qwen2_bias", "hf", file) for file in ("config.json", "tokenizer.json", "generation_config.json", "model.safetensors")),
+    *(("qwen2_bias", "hf", file) for file in (
+        "config.json", "tokenizer.json", "generation_config.json", "model.safetensors")),
 ]
 VALUES = (None, -1, 0, 3, "x", [], {}, [1], 1e300, True, {"a": 1}, 10**9)
 

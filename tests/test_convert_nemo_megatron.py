@@ -35,16 +35,20 @@ weights, config_file, section, prefix, reference = sys.argv[2:]
 c = yaml.safe_load(open(config_file))[section]
 plain = dist_checkpointing.load_plain_tensors(weights)
 assert any(key.endswith("linear_qkv.weight") for key in plain)
-same = {k: c[k] for k in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
-                          "gated_linear_unit", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "normalization", "layernorm_epsilon")}
-act = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}[c["activation_func"]["_target_"].split(".")[-1]]
-config = TransformerConfig(**same, activation_func=act, hidden_dropout=0, attention_dropout=0, use_cpu_initialization=True,
-                           params_dtype=torch.float32, bias_activation_fusion=False, bias_dropout_fusion=False, apply_rope_fusion=False,
+same = {k: c[k] for k in (
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
+    "gated_linear_unit", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "normalization", "layernorm_epsilon")}
+act = getattr(torch.nn.functional, c["activation_func"]["_target_"].split(".")[-1])
+config = TransformerConfig(**same, activation_func=act, hidden_dropout=0, attention_dropout=0,
+                           use_cpu_initialization=True, params_dtype=torch.float32, apply_rope_fusion=False,
+                           bias_activation_fusion=False, bias_dropout_fusion=False,
                            persist_layer_norm=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False)
 spec = get_gpt_layer_local_spec(qk_layernorm=c["qk_layernorm"], normalization=c["normalization"])
-model = GPTModel(config, spec, vocab_size=c["vocab_size"] or plain[prefix + "embedding.word_embeddings.weight"].shape[0],
+rows = plain[prefix + "embedding.word_embeddings.weight"].shape[0]
+model = GPTModel(config, spec, vocab_size=c["vocab_size"] or rows,
                  max_sequence_length=c["seq_length"], position_embedding_type="rope", rotary_base=c["rotary_base"],
-                 rotary_percent=c["rotary_percent"], share_embeddings_and_output_weights=c["share_embeddings_and_output_weights"],
+                 rotary_percent=c["rotary_percent"],
+                 share_embeddings_and_output_weights=c["share_embeddings_and_output_weights"],
                  rope_scaling=bool("scale_factor" in c or c.get("rope_scaling")),
                  rope_scaling_factor=c.get("scale_factor", c.get("rope_scaling_factor", 8.0)))
 state = model.sharded_state_dict(prefix=prefix, metadata=load_content_metadata(weights))
@@ -60,7 +64,7 @@ print("largest difference", float((logits - torch.tensor(stored["hf_logits"])).a
 '''
 
 
-# the local (CPU) layer has no zero-centred norm (Gemma), no sliding window (Mistral) and float32 only (Llama 3.2 is bfloat16)
+# The local (CPU) layer has no zero-centred norm (Gemma) and no sliding window (Mistral), and is run in float32.
 @pytest.mark.parametrize("folder,container", [
     ("llama3_gqa", "nemo2"), ("llama3_gqa", "bridge"), ("llama_hf5_bridge060", "bridge"), ("qwen2_bias", "nemo2"),
     ("qwen2_bias", "bridge"),

@@ -1,5 +1,6 @@
 """Damaged, hostile and unsupported input: one line that says what and why, exit code 2, nothing left on the disk."""
 
+import dataclasses
 import io
 import json
 import os
@@ -117,29 +118,27 @@ def test_a_missing_file_of_the_weights(copy, capsys, tmp_path, file):
 
 def test_a_missing_shard_of_the_source(copy, capsys, tmp_path):
     path = copy("hf")
-    names = {name: "model-00001-of-00002.safetensors" for name in tensors_of(path)}
-    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names |
-                                                                   {"lm_head.weight": "model-00002-of-00002.safetensors"}}))
-    assert "model-00002-of-00002.safetensors is missing" in refuse_import(path, capsys, tmp_path)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names |
-                                                                   {"extra.weight": "model-00001-of-00002.safetensors"}}))
-    assert "extra.weight is listed in the index but in no file" in refuse_import(path, capsys, tmp_path)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "../hf/model.safetensors"}}))
-    assert "bare file names" in refuse_import(path, capsys, tmp_path)
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    names = {name: first for name in tensors_of(path)}
+    (path / "model.safetensors").rename(path / first)
+    for weight_map, message in ((names | {"lm_head.weight": second}, f"{second} is missing"),
+                                (names | {"extra.weight": first}, "extra.weight is listed in the index but in no file"),
+                                ({"lm_head.weight": f"../hf/{first}"}, "bare file names")):
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        assert message in refuse_import(path, capsys, tmp_path)
 
 
 def test_a_shape_that_contradicts_the_configuration(copy, capsys, tmp_path):
     path = copy("hf")
     config = read_json(path / "config.json")
     (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    assert "mlp.gate_proj.weight has shape [112, 64], the configuration says [96, 64]" in refuse_import(path, capsys,
-                                                                                                        tmp_path)
+    said = refuse_import(path, capsys, tmp_path)
+    assert "mlp.gate_proj.weight has shape [112, 64], the configuration says [96, 64]" in said
     path = copy("nemo2")
     model = path / "context" / "model.yaml"
     model.write_text(model.read_text().replace("ffn_hidden_size: 112", "ffn_hidden_size: 96"))
-    assert "linear_fc1.weight has shape [2, 224, 64], the configuration says [2, 192, 64]" in refuse_export(path,
-                                                                                                            capsys, tmp_path)
+    said = refuse_export(path, capsys, tmp_path)
+    assert "linear_fc1.weight has shape [2, 224, 64], the configuration says [2, 192, 64]" in said
 
 
 def test_a_tensor_too_many_or_too_few(copy, capsys, tmp_path):
@@ -370,13 +369,10 @@ def test_an_adapter_that_wasnt_merged(copy, capsys, tmp_path):
 
     def rename(metadata):
         key = "module.decoder.layers.mlp.linear_fc2.weight"
-        metadata.state_dict_metadata[key.replace("linear_fc2",
-                                                 "linear_fc2.adapter.linear_in")] = metadata.state_dict_metadata.pop(key)
+        adapter = key.replace("linear_fc2", "linear_fc2.adapter.linear_in")
+        metadata.state_dict_metadata[adapter] = metadata.state_dict_metadata.pop(key)
         for index in [i for i in metadata.storage_data if i.fqn == key]:
-            import dataclasses
-            metadata.storage_data[dataclasses.replace(index, fqn=key.replace("linear_fc2",
-                                                                             "linear_fc2.adapter.linear_in"))] = \
-                metadata.storage_data.pop(index)
+            metadata.storage_data[dataclasses.replace(index, fqn=adapter)] = metadata.storage_data.pop(index)
     edit_index(path / "weights", rename)
     assert "PEFT adapter" in refuse_export(path, capsys, tmp_path)
 
