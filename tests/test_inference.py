@@ -407,9 +407,9 @@ def test_an_adapter_of_another_model_is_refused(qwen_path, tmp_path):
     save_model(tmp_path / "wide", hidden_size=64)
     trained, _ = open_model(str(qwen_path))
     save_adapter(tmp_path / "a", trained)
-    with pytest.raises(UserError, match="doesn't fit this model"):
+    with pytest.raises(UserError, match="doesn't fit this base model"):
         open_model(str(tmp_path / "wide"), adapter=tmp_path / "a")
-    with pytest.raises(UserError, match="needs adapter_config.json and adapters.safetensors"):
+    with pytest.raises(UserError, match="has no adapter_config.json"):
         open_model(str(qwen_path), adapter=tmp_path / "wide")
 
 

@@ -31,50 +31,30 @@ import mlx.nn as nn  # noqa: E402
 def open_model(name, adapter=None, quantize=None, trust_remote_code=False):
     """(model, tokenizer), with an adapter's weights, and quantised to `quantize` bits. Raises UserError."""
     from mlx_grpo import load_model
+    from mlx_grpo.adapter_files import load_onto, read_mlx_config
     model, tokenizer = load_model(name, trust_remote_code=trust_remote_code)
-    if quantize and adapter and adapter_kind(adapter) == "full":
-        add_adapter(model, adapter)         # whole weights, so they come before they are quantised
-        adapter = None
+    whole = bool(adapter) and read_mlx_config(Path(adapter))["fine_tune_type"] == "full"
+    if whole:       # whole weights, put in before they are quantised
+        load_onto(model, Path(adapter))
     if quantize:
         quantize_matrices(model, quantize)
-    if adapter:
-        add_adapter(model, adapter)
+    if adapter and not whole:
+        load_onto(model, Path(adapter))
     mx.eval(model.parameters())
     model.eval()
     return model, tokenizer
-
-
-def adapter_kind(path):
-    """"lora", "dora" or "full", as the adapter's config says. Raises UserError where there is none."""
-    from mlx_grpo.checked_load import read_json
-    config = Path(path) / "adapter_config.json"
-    if not config.is_file() or not (Path(path) / "adapters.safetensors").is_file():
-        raise UserError(f"--adapter {path} needs adapter_config.json and adapters.safetensors (mlx-lm's format)")
-    return read_json(config).get("fine_tune_type", "lora")
-
-
-def add_adapter(model, path):
-    """Load mlx-lm adapter weights into the model. Raises UserError where they don't belong to it."""
-    from mlx_grpo.checked_load import check_safetensors
-    from mlx_lm.utils import load_adapters
-    adapter_kind(path)
-    check_safetensors(Path(path) / "adapters.safetensors")
-    try:
-        load_adapters(model, str(path))
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--adapter {path} doesn't fit this model: {reason}") from error
 
 
 def quantize_matrices(model, bits):
     """Quantise in place, in groups of 64, or 32 where the rows ask for it. Raises UserError where nothing can be."""
     if any(hasattr(module, "bits") for _, module in model.named_modules()):
         raise UserError(f"--quantize {bits}: the model is quantised already; leave the option away")
-    allowed = getattr(model, "quant_predicate", lambda path, module: True)
+    own_choice = getattr(model, "quant_predicate", lambda path, module: True)     # mlx-lm's: routers get 8 bits, say
 
     def choose(path, module):
-        if not hasattr(module, "to_quantized") or not allowed(path, module):
-            return False
+        choice = hasattr(module, "to_quantized") and own_choice(path, module)
+        if choice is not True:
+            return choice
         fitting = [size for size in (64, 32) if module.weight.shape[-1] % size == 0]
         return {"group_size": fitting[0], "bits": bits} if fitting else False
 
