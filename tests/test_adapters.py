@@ -14,13 +14,15 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny_hf import edit_json, mlx_logits, random_tokens, save_tiny, save_tokenizer, torch_logits
 from tiny_models import QUICK, sets, tiny_qwen2
 
-from mlx_grpo import UserError
+from mlx_grpo import UserError, adapter_fuse
 from mlx_grpo.adapter_files import reach
 from mlx_grpo.adapter_fuse import NotEqual, fuse
 from mlx_grpo.adapters import main
 from mlx_grpo.checked_load import load_checked
 from mlx_grpo.convert_model import convert
 from mlx_grpo.convert_model import parse as convert_options
+from mlx_grpo.model_check import in_float32
+from mlx_grpo.model_check import mlx_logits as model_check_logits
 from mlx_grpo.peft_files import is_target, targets_of
 
 TOKENS = random_tokens(2, 24)
@@ -96,7 +98,7 @@ def plain_logits(base):
 
 
 def equal(ours, theirs):
-    return np.abs(ours - theirs).max() <= 1e-4 * max(1.0, np.abs(theirs).max())
+    return np.abs(ours - theirs).max() <= 1e-4
 
 
 def run(*arguments):
@@ -377,6 +379,22 @@ def test_reach_and_targets_by_hand():
     assert targets_of(set(names[:3]), everything) == (sorted(names[:3]), None)
 
 
+def test_verify_compares_with_peft_and_leaves_nothing_that_differs(tmp_path, base, monkeypatch, capsys):
+    save_mlx(tmp_path / "mlx", base[0], "dora", ALL)
+    there = ["to-peft", "--adapter", tmp_path / "mlx", "--output"]
+    back = ["from-peft", "--adapter", tmp_path / "peft", "--output"]
+    assert run(*there, tmp_path / "peft", "--verify") == 0 and "equal" in capsys.readouterr().out
+    assert run(*back, tmp_path / "back", "--verify") == 0 and "equal" in capsys.readouterr().out
+    q = quantized(base[0], tmp_path / "q")
+    with pytest.raises(UserError, match="float original as --model"):
+        run(*there, tmp_path / "other", "--model", q, "--verify")
+    from mlx_grpo import peft_files
+    right = peft_files.rank_and_scale       # a scale that is a little off, as a bug's
+    monkeypatch.setattr(peft_files, "rank_and_scale", lambda *a: (right(*a)[0], right(*a)[1] * 1.01))
+    assert run(*back, tmp_path / "other", "--verify") == 1 and "NOT EQUAL" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*other*")) and not list(tmp_path.glob(".*other*"))
+
+
 # ---- fuse ------------------------------------------------------------------------------------------------------------
 
 def quantized(base, directory, **options):
@@ -429,6 +447,16 @@ def test_fusing_into_a_quantised_base_keeps_it_quantised_and_tells_the_kl(tmp_pa
     assert report["limit"] is None and 0 < report["kl"] < 0.1 * report["adapter_kl"]
     assert f"{report['kl']:.2e} nats per token" in capsys.readouterr().out
     assert mlx_lm.load(str(tmp_path / "fused"))
+
+
+def test_only_the_rounding_of_weights_shows_where_logits_are_compared(base, tmp_path):
+    """Activations in 16 bits would hide an adapter of a few thousandths behind their own rounding."""
+    half = in_dtype(base[0], tmp_path / "half", mx.bfloat16)
+    model, exact = load_checked(half)[0], in_float32(load_checked(half)[0])
+    ours, theirs = adapter_fuse.logits(model, TOKENS), model_check_logits(exact, TOKENS)
+    assert max(np.abs(a - b).max() for a, b in zip(ours, theirs)) < 1e-4
+    native = model_check_logits(model, TOKENS)          # in bfloat16 again
+    assert max(np.abs(a - b).max() for a, b in zip(native, theirs)) > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

@@ -41,7 +41,7 @@ class Fusion:
 
 
 class NotEqual(Exception):
-    """The fused model computes something else; nothing was written. Holds the Fusion."""
+    """What would be written computes something else, so nothing is. Holds the lines that tell by how much."""
 
 
 def fuse(base, adapter, output, *, base_name, dequantize=False, trust_remote_code=False):
@@ -66,7 +66,7 @@ def fuse(base, adapter, output, *, base_name, dequantize=False, trust_remote_cod
         written = write_model(model, config, work, trust_remote_code)
         fusion = compare(plain, before, logits(written, sequences), sequences, written)
         if not fusion.passed:
-            raise NotEqual(fusion)
+            raise NotEqual(*fusion.lines())
         copy_tokenizer(base, work, trust_remote_code)
         write_card(base, work, Path(output).name, base_name)
         report = {"base": base_name, "adapter": str(adapter), "dequantized": dequantize,

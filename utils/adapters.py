@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # runs from a plain clone, from any directory
 
 from mlx_grpo import UserError, run_command, shipped_path  # noqa: E402
-from mlx_grpo import peft_files  # noqa: E402
+from mlx_grpo import peft_files, peft_verify  # noqa: E402
 from mlx_grpo.adapter_files import WEIGHTS, load_onto, read_mlx, read_mlx_config, write_mlx  # noqa: E402
 from mlx_grpo.adapter_fuse import NotEqual, fuse  # noqa: E402
 from mlx_grpo.checked_load import check_safetensors, load_checked, read_json  # noqa: E402
@@ -38,10 +38,10 @@ MLX_NAME, PEFT_NAME = "model", "base_model_name_or_path"     # where each adapte
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 def to_peft(options, say=print):
-    """Write the mlx-lm adapter as a PEFT directory."""
+    """Write the mlx-lm adapter as a PEFT directory. Raises NotEqual where --verify finds different logits."""
     directory = Path(options.adapter)
     name = base_name(options.model, read_mlx_config(directory), MLX_NAME)
-    path, model, config = open_base(name, options.trust_remote_code)
+    path, model, config = open_base(name, options)
     linears = linear_shapes(model)
     adapter, bare = read_mlx(model, directory)
     tell_bare(bare, say)
@@ -51,15 +51,17 @@ def to_peft(options, say=print):
             "quantising changed")
     with atomic_directory(options.output) as work:
         peft_files.write_peft(adapter, work, theirs, config["model_type"], linears)
+        if options.verify:
+            verify(path, model, config, work, say)
     alpha = adapter.scale * adapter.rank
     say(f"wrote {options.output}: {describe(adapter)}, lora_alpha {alpha:g}, base {theirs}")
 
 
 def from_peft(options, say=print):
-    """Write the PEFT adapter as an mlx-lm directory, which mlx-lm then opens as a check."""
+    """Write the PEFT adapter as an mlx-lm directory. Raises NotEqual where --verify finds different logits."""
     directory = Path(options.adapter)
     name = base_name(options.model, peft_files.read_peft_config(directory), PEFT_NAME)
-    _, model, config = open_base(name, options.trust_remote_code)
+    path, model, config = open_base(name, options)
     parameters = dict(tree_flatten(model.parameters()))
     adapter, notes = peft_files.read_peft(directory, config["model_type"], linear_shapes(model), parameters)
     for note in notes:
@@ -71,25 +73,20 @@ def from_peft(options, say=print):
         write_mlx(adapter, work, options.base_name or name, len(model.layers))
         _, adapted, bare = load_onto(model, work)
         assert set(adapted) == set(adapter.modules) and not bare, (sorted(adapted), sorted(adapter.modules), bare)
+        if options.verify:
+            verify(path, model, config, directory, say)
     say(f"wrote {options.output}: {describe(adapter)}, base {options.base_name or name}")
 
 
 def fuse_command(options, say=print):
-    """Write the base with the adapter in its weights. Returns 1, with nothing written, where the logits differ."""
+    """Write the base with the adapter in its weights. Raises NotEqual where the logits of a float result differ."""
     directory = Path(options.adapter)
     name = base_name(options.model, read_mlx_config(directory), MLX_NAME)
     path = fetch_model(str(shipped_path(name)), None, options.trust_remote_code)
     if options.dequantize and not {"quantization", "quantization_config"} & set(read_json(path / "config.json")):
         raise UserError(f"{name} isn't quantised, so --dequantize has nothing to do; leave it away")
-    try:
-        fusion, bare = fuse(path, directory, options.output, base_name=name, dequantize=options.dequantize,
-                            trust_remote_code=options.trust_remote_code)
-    except NotEqual as error:
-        for line in error.args[0].lines():
-            print(line, file=sys.stderr)
-        print(f"the fused model computes something else than base and adapter; {options.output} was not written",
-              file=sys.stderr)
-        return 1
+    fusion, bare = fuse(path, directory, options.output, base_name=name, dequantize=options.dequantize,
+                        trust_remote_code=options.trust_remote_code)
     tell_bare(bare, say)
     for line in fusion.lines():
         say(line)
@@ -97,7 +94,6 @@ def fuse_command(options, say=print):
         remedy = "; fuse with --dequantize, or serve base and adapter side by side" if fusion.limit is None else ""
         print(f"warning: rounding to the base's type undoes much of what the adapter does{remedy}", file=sys.stderr)
     say(f"wrote {options.output}")
-    return 0
 
 
 def inspect(options, say=print):
@@ -134,16 +130,26 @@ def base_name(given, config, key):
     return config[key]
 
 
-def open_base(name, trust_remote_code):
+def open_base(name, options):
     """(directory, model, config) of the base; its weights stay on the disk. Raises UserError for an architecture whose
     names in transformers aren't known to be mlx-lm's."""
-    path = fetch_model(str(shipped_path(name)), None, trust_remote_code)
-    model, config, _ = load_checked(path, lazy=True, trust_remote_code=trust_remote_code)
+    path = fetch_model(str(shipped_path(name)), None, options.trust_remote_code)
+    model, config, _ = load_checked(path, lazy=True, trust_remote_code=options.trust_remote_code)
     if config["model_type"] not in peft_files.SAME_NAMES:
         raise UserError(f"{name}: model_type {config['model_type']!r}; adapters are brought over for "
                         f"{', '.join(sorted(peft_files.SAME_NAMES))}, whose modules are proved to be the same in "
                         "mlx-lm and transformers; for others, fuse")
+    if options.verify:
+        peft_verify.check_ahead(config, name)
     return path, model, config
+
+
+def verify(base, model, config, peft_directory, say):
+    """Compare `model`, the base with the adapter on, with PEFT in torch. Raises NotEqual."""
+    equal, line = peft_verify.compare_with_peft(base, model, config, peft_directory)
+    if not equal:
+        raise NotEqual(line)
+    say(line)
 
 
 def original_of(path, name):
@@ -198,6 +204,8 @@ def parse(arguments=None):
             command.add_argument("--dequantize", action="store_true",
                                  help="write floats in place of a quantised base's weights")
         else:
+            command.add_argument("--verify", action="store_true", help="compare the logits with PEFT's in torch; where "
+                                 "they differ nothing is written and the exit code is 1")
             command.add_argument("--base-name", help="base to name in the written configuration (default: the base, or "
                                  "for PEFT the original that utils/convert_model.py made it from)")
     command = commands.add_parser("inspect", help="what an adapter holds", description=inspect.__doc__)
@@ -209,7 +217,13 @@ def parse(arguments=None):
 def main(arguments=None):
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that the temporary directory is removed
-    return options.run(options)
+    try:
+        options.run(options)
+    except NotEqual as error:
+        for line in (*error.args, f"the result computes something else, so {options.output} was not written"):
+            print(line, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
