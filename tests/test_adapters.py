@@ -23,7 +23,8 @@ from mlx_grpo.convert_model import convert
 from mlx_grpo.convert_model import parse as convert_options
 from mlx_grpo.model_check import in_float32
 from mlx_grpo.model_check import mlx_logits as model_check_logits
-from mlx_grpo.peft_files import is_target, targets_of
+from mlx_grpo.peft_config import is_target
+from mlx_grpo.peft_files import targets_of
 
 TOKENS = random_tokens(2, 24)
 FAMILIES = ["llama3", "qwen2.5", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "stablelm", "mixtral", "qwen3_moe"]

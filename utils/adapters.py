@@ -28,6 +28,7 @@ from mlx_grpo.adapter_fuse import NotEqual, fuse  # noqa: E402
 from mlx_grpo.checked_load import check_safetensors, load_checked, read_json  # noqa: E402
 from mlx_grpo.files import atomic_directory  # noqa: E402
 from mlx_grpo.hub_files import fetch_model  # noqa: E402
+from mlx_grpo.peft_config import read_peft_config  # noqa: E402
 
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
@@ -60,7 +61,7 @@ def to_peft(options, say=print):
 def from_peft(options, say=print):
     """Write the PEFT adapter as an mlx-lm directory. Raises NotEqual where --verify finds different logits."""
     directory = Path(options.adapter)
-    name = base_name(options.model, peft_files.read_peft_config(directory), PEFT_NAME)
+    name = base_name(options.model, read_peft_config(directory), PEFT_NAME)
     path, model, config = open_base(name, options)
     parameters = dict(tree_flatten(model.parameters()))
     adapter, notes = peft_files.read_peft(directory, config["model_type"], linear_shapes(model), parameters)
@@ -115,7 +116,7 @@ def inspect(options, say=print):
             say(f"  {key} {json.dumps(value)}")
     for name, (dtype, shape) in sorted(tensors.items()):
         say(f"  {name}  {dtype} {list(shape)}")
-    check = peft_files.read_peft_config if is_peft else read_mlx_config
+    check = read_peft_config if is_peft else read_mlx_config
     check(directory)
 
 
