@@ -2,7 +2,7 @@
 Which parts of a model suffer most when rollouts are sampled from a quantised copy (quantize_for_rollouts).
 
     python utils/sensitivity.py --model Qwen/Qwen2.5-0.5B-Instruct --bits 4
-    python utils/sensitivity.py --model data/demo_model --bits 2 --threshold 0.05 --output line.toml
+    python utils/sensitivity.py --model data/demo_model --bits 2 --threshold 0.01 --output line.toml
 
 The model answers the prompts; then one part at a time (a block, the embeddings, the head) is quantised, everything else
 left as it is, and the answers are scored again. The damage of a part is the mean KL(model || copy) over the positions of
