@@ -10,7 +10,7 @@ One training step                                           done by             
 Different from the paper: rewards are rules, not a learned model.
 
     python mlx_grpo.py --config configs/prod.toml --set num_generations=16
-    python mlx_grpo.py eval --config configs/prod.toml --set model_name=outputs/run/checkpoint-last
+    python mlx_grpo.py eval --config configs/prod.toml --set model_name=outputs/run/checkpoint-500
     python mlx_grpo.py {train,sft,eval,rewards,plan,report} --help
 
 Shape letters: P prompts, G completions per prompt, B = P*G rows, L prompt tokens, T completion tokens, V vocabulary,
@@ -38,7 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from fractions import Fraction
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -236,13 +236,14 @@ class MLXGRPOConfig:
     max_grad_norm: float = opt(0.1, "gradients are scaled down to this norm; 0 = never", low=0)
     adam_beta1: float = opt(0.9, "decay of Adam's first moment", low=0, high=0.999999)
     adam_beta2: float = opt(0.999, "decay of Adam's second moment", low=0, high=0.9999999)
-    weight_decay: float = opt(0.0, "decoupled decay of matrices", low=0)
+    weight_decay: float = opt(0.0, "decoupled decay of matrices and head (adamw, lion, adafactor, muon)", low=0)
     decay_all: bool = opt(False, "weight decay on norms, biases and embeddings as well")
     use_compile: bool | str = opt("auto", 'compile the loss and its gradient; "auto" = on Metal and CUDA',
                                   choices=(True, False, "auto"))
     # log, evaluation, checkpoints
     logging_steps: int = opt(1, "steps between lines on the terminal", low=0)
     log_jsonl: bool = opt(True, "write metrics.jsonl and completions.jsonl")
+    log_token_details: int = opt(4, "completions a step whose tokens and log-probs are logged, for the report", low=0)
     save_steps: int = opt(100, "steps between checkpoints; the last step always saves one", low=0)
     eval_steps: int = opt(50, "steps between evaluations on held-out problems (and at step 0 and the end)", low=0)
     eval_samples: int = opt(200, "held-out problems in an evaluation; 0 = no evaluation", low=0)
@@ -261,6 +262,9 @@ class MLXGRPOConfig:
         if Path(self.run_name).is_absolute() or ".." in Path(self.run_name).parts:
             raise ConfigError(f"run_name is {self.run_name!r}, which leaves output_dir; name the place in output_dir")
         check_objective(self)
+        from mlx_grpo.optimizers import check_optimizer
+
+        check_optimizer(self)
         if self.max_new_tokens > self.max_completion_length:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens} but max_completion_length is "
                               f"{self.max_completion_length}; lower the first or raise the second")
@@ -330,7 +334,6 @@ def check_objective(config):
         (c.overlong_cache > c.max_completion_length, f"overlong_cache is {c.overlong_cache}, more than max_completion_length"),
         (not ladder or any(b not in (0, 2, 3, 4, 6, 8) for b in ladder) or ladder[0] == 0,
          f"rollout_bits must be 2, 3, 4, 6 or 8, or a ladder of these that may end in 0, got {c.rollout_bits!r}"),
-        (len(ladder) > 1 and not c.self_healing, "rollout_bits is a ladder, which nothing climbs with self_healing = false"),
         (any(b not in (0, 2, 3, 4, 6, 8) for b in c.rollout_precision.values()),
          f"rollout_precision gives bits of 0, 2, 3, 4, 6 or 8, got {c.rollout_precision!r}"),
         (c.entropy_adaptive and c.lora_dropout, "entropy_adaptive and lora_dropout don't go together; turn one of them off"),
@@ -360,6 +363,7 @@ def options_without_effect(config, sources):
         "rollout_group_size": not c.quantize_for_rollouts and "quantize_for_rollouts is false",
         "rollout_precision": not c.quantize_for_rollouts and "quantize_for_rollouts is false",
         "calm_syncs": len(c.bits_ladder) == 1 and "rollout_bits is no ladder",
+        "self_healing": len(c.bits_ladder) == 1 and "rollout_bits is no ladder: what fails stops the run in any case",
         "sampler_correction": old_logprobs_kind(c) == "sampler" and "old log-probs are the sampler's",
         "sampler_clip_min": old_logprobs_kind(c) == "sampler" and "old log-probs are the sampler's",
         "sampler_clip_max": old_logprobs_kind(c) == "sampler" and "old log-probs are the sampler's",
@@ -395,6 +399,24 @@ RECIPES = {  # each with its source
                  "update_every": 1},                                               # nanochat's scripts/chat_rl.py
 }
 OPTIONS = {f.name: f for f in fields(MLXGRPOConfig)}
+
+
+def recipe_options(values):
+    """The options of the recipe that `values` names, those left out that they set themselves."""
+    recipe = values.get("recipe")
+    return {n: v for n, v in RECIPES[recipe].items() if n not in values} if recipe in list(RECIPES) else {}
+
+
+def with_recipe(plain_init):
+    """An __init__ that adds the recipe's options, so that they count wherever a configuration is made."""
+    @wraps(plain_init)
+    def init(self, **values):
+        plain_init(self, **recipe_options(values) | values)
+
+    return init
+
+
+MLXGRPOConfig.__init__ = with_recipe(MLXGRPOConfig.__init__)
 OTHER_NAMES = {  # what TRL, verl, mlx-lm-lora and mlx-lm call the same thing
     "beta": "kl_coeff", "kl_coef": "kl_coeff", "kl_loss_coef": "kl_coeff", "epsilon": "clip_eps", "clip_ratio": "clip_eps",
     "cliprange": "clip_eps", "epsilon_high": "clip_eps_high", "clip_ratio_high": "clip_eps_high",
@@ -420,6 +442,8 @@ OTHER_NAMES = {  # what TRL, verl, mlx-lm-lora and mlx-lm call the same thing
     "target_modules": "lora_keys", "lora_target_modules": "lora_keys",
     "dataset_train_split": "dataset_split", "dataset_test_split": "eval_split", "max_grad_value": "max_grad_norm",
 }
+
+
 def option_default(name):
     f = OPTIONS[name]
     return f.default if f.default is not MISSING else f.default_factory()
@@ -508,10 +532,8 @@ def load_config(path=None, sets=()):
     for text in sets:
         name, value = parse_set(text)
         values[name], sources[name] = check_option(name, value, f"--set {text}".replace("\n", "\\n")), "--set"
-    recipe = values.get("recipe", "")
-    for name, value in RECIPES.get(recipe, {}).items():
-        if name not in values:
-            values[name], sources[name] = value, f"recipe {recipe}"
+    for name in recipe_options(values):
+        sources[name] = f"recipe {values['recipe']}"
     try:
         return MLXGRPOConfig(**values), sources
     except ConfigError as error:         # options that contradict each other: say where those that it names come from
@@ -1748,7 +1770,7 @@ class MLXGRPOTrainer:
         self.window.pop(0)
         self.step_count += 1
         if pending:
-            self.log.completions(self.step_count, *pending)
+            self.log.completions(self.step_count, *pending, self.token_details(pending[0]))
         if self.step_count % self.update_every == 0:                                           # 5. model_old <- model
             self.sync_old(calm=True)
         if self.args.ref_sync_steps and self.step_count % self.args.ref_sync_steps == 0:
@@ -1788,9 +1810,14 @@ class MLXGRPOTrainer:
         self.window = steps * args.num_iterations
         self.num_tokens += sum(len(r.prompt_ids) + len(ids) for r in rollouts for ids in r.completion_ids)
         names = list(self.scorer.functions)
-        self.window_metrics = {**score_metrics(scores, rewards.reshape(shape), names), **completion_metrics(rollouts),
-                               **reward_metrics, "rollout_s": rollout_s}
+        self.window_metrics = {**reward_metrics, **score_metrics(scores, rewards.reshape(shape), names),
+                               **completion_metrics(rollouts), "rollout_s": rollout_s}
         return rollouts, scores, names, rewards, advantages, extras
+
+    def token_details(self, rollouts):
+        """[(texts, log-probs)] of the tokens of the first log_token_details completions, for the report."""
+        rows = [(ids, logprobs) for r in rollouts for ids, logprobs in zip(r.completion_ids, r.logprobs)]
+        return [([self.tokenizer.decode([i]) for i in ids], logprobs) for ids, logprobs in rows[:self.args.log_token_details]]
 
     def collect(self, problems=None):
         """(rollouts, scores (B, K), extras, metrics) of one rollout batch. With dynamic_sampling, groups whose rewards are
@@ -2050,6 +2077,7 @@ class MLXGRPOTrainer:
                 self.save_checkpoint(self.run_dir / f"checkpoint-{self.step_count}")
             if stop:
                 break
+        self.log.close()
         self.notify("on_train_end")
         return metrics
 
@@ -2063,6 +2091,7 @@ class MLXGRPOTrainer:
                 scores, texts = evaluate(self.model, self.tokenizer, problems, args)
                 if name == "eval":
                     self.samples[self.step_count] = problems[0].prompt, texts[0]
+                    self.log.evaluation(self.step_count, problems, texts)
                 found |= {f"{name}/{key}": value for key, value in scores.items()}
         if found:
             self.notify("on_evaluate", found)
@@ -2396,8 +2425,10 @@ def print_summary(trainer, seconds):
             print(f"\nexact match on {len(trainer.eval_dataset)} held-out problems: {evaluations[0]['eval/exact_match']:.3f} "
                   f"(step {evaluations[0]['step']}) -> {evaluations[-1]['eval/exact_match']:.3f} "
                   f"(step {evaluations[-1]['step']}) in {seconds:.0f} s")
-        (run_dir / "report.md").write_text(run_report(run_dir), encoding="utf-8")
-        print(f"log     {run_dir / 'metrics.jsonl'}, {run_dir / 'completions.jsonl'}\nreport  {run_dir / 'report.md'}")
+        from mlx_grpo.report import write_report
+
+        write_report([run_dir], run_dir / "report.html", say=lambda line: None)
+        print(f"log     {run_dir / 'metrics.jsonl'}, {run_dir / 'completions.jsonl'}\nreport  {run_dir / 'report.html'}")
     print(f"model   {run_dir / f'checkpoint-{trainer.step_count}'}")
 
 
@@ -2450,10 +2481,11 @@ def plan_command(args):
           f"{config.num_generations} = {steps * config.prompts_per_step * config.num_generations} completions of at most "
           f"{config.max_new_tokens} tokens")
     size = 4 if compute_dtype(config) == mx.float32 else 2
+    bits = 0 if config.quantize_for_rollouts == "auto" and len(model.layers) > 20 else config.bits_ladder[0]
     rows = {"weights, float32": 4 * total, "weights to compute with": 0 if size == 4 else size * total,
             "gradients": 4 * total, "moments": 8 * total,
             "ref_model": size * total if config.kl_coeff else 0,
-            "model_old": (config.rollout_bits / 8 + 4 / config.rollout_group_size) * total if config.quantize_for_rollouts
+            "model_old": (bits / 8 + 4 / config.rollout_group_size) * total if bits
             else size * total if config.update_every > 1 else 0,
             "logits of a pass": 3 * 4 * config.batch_size * config.num_generations * config.max_new_tokens * vocabulary_of(model)}
     print()
@@ -2467,23 +2499,11 @@ def vocabulary_of(model):
     return model(mx.array([[0]])).shape[-1]
 
 
-def run_report(run_dir):
-    """A run's metrics as a Markdown table of at most 25 rows."""
-    columns = ["step", "reward", "eval/exact_match", "kl", "entropy", "clip_ratio/region_mean", "completions/mean_length",
-               "loss", "grad_norm", "learning_rate", "step_time"]
-    metrics = read_metrics(run_dir)
-    stride = max(1, len(metrics) // 25)
-    shown = [m for i, m in enumerate(metrics) if i % stride == 0 or i == len(metrics) - 1 or "eval/exact_match" in m]
-    cell = lambda v: "" if v is None else str(v) if isinstance(v, int) else f"{v:.4g}"
-    rows = [" | ".join(cell(m.get(c)) for c in columns) for m in shown]
-    return "\n".join([f"# {run_dir}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
-                      *[f"| {row} |" for row in rows], ""])
-
-
 def report_command(args):
-    """The metrics of a run as a table."""
-    print(run_report(args.run))
-    return 0
+    """One self-contained HTML page of a run or several: curves, completions, what differs."""
+    from mlx_grpo.report import run_report
+
+    return run_report(args)
 
 
 COMMANDS = {
@@ -2492,7 +2512,7 @@ COMMANDS = {
     "eval": (eval_command, "exact match on the held-out problems"),
     "rewards": (rewards_command, "list and explain the reward functions"),
     "plan": (plan_command, "options with their sources, parameters and memory"),
-    "report": (report_command, "a run's metrics as a table"),
+    "report": (report_command, "a run, or several, as one HTML page"),
 }
 
 
@@ -2504,7 +2524,9 @@ def make_parser():
         sub = commands.add_parser(name, help=help, description=inspect.getdoc(function))
         sub.set_defaults(function=function)
         if name == "report":
-            sub.add_argument("run", help="a run's directory")
+            from mlx_grpo.report import add_arguments
+
+            add_arguments(sub)
             continue
         sub.add_argument("--config", metavar="PATH", help="TOML file (default: $MLX_GRPO_CONFIG, else the defaults)")
         sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="set one option; may be repeated")

@@ -22,7 +22,9 @@ def logged(run_dir):
 @pytest.mark.parametrize("options", [
     {}, {"update_every": 3, "kl_coeff": 0.05}, {"update_every": 3, "quantize_for_rollouts": True},
     {"gradient_accumulation_steps": 1, "batch_size": 3, "lr_scheduler_type": "cosine", "dtype": "bfloat16"},
-], ids=["plain", "stale with reference", "stale and quantised", "bfloat16"])
+    {"optimizer": "muon", "weight_decay": 0.1},
+    {"optimizer_dtype": "bfloat16", "dtype": "bfloat16", "optimizer": "muon", "update_every": 3},
+], ids=["plain", "stale with reference", "stale and quantised", "bfloat16", "muon", "bfloat16 throughout"])
 def test_a_resumed_run_is_byte_for_byte_the_run_that_went_on(tmp_path, options):
     config = replace(RUN, **options)
     whole = make_trainer(tmp_path / "whole", config)

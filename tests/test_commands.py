@@ -63,7 +63,7 @@ def weights(directory):
 
 def test_a_run_leaves_its_configuration_log_report_and_checkpoints(first_run):
     _, run = first_run
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "completions.jsonl", "report.md",
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "completions.jsonl", "eval_completions.jsonl", "report.html",
                                                "checkpoint-2",
                                                "checkpoint-4"}
     record = json.loads((run / "config.json").read_text())
@@ -340,19 +340,12 @@ def test_plan_prints_every_option_with_its_source_and_what_the_run_needs(model, 
     assert not (tmp_path / "run").exists()
 
 
-def test_report_shows_the_figures_of_the_run(first_run, capsys):
+def test_report_writes_one_page_of_the_run(first_run, tmp_path, capsys):
     _, run = first_run
-    assert main(["report", str(run)]) == 0
-    table = capsys.readouterr().out
-    header, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
-                     if line.startswith("| ")]
-    metrics = read_metrics(run)
-    assert [int(row[header.index("step")]) for row in rows] == [m["step"] for m in metrics]
-    for row, m in zip(rows, metrics):
-        for column in ("loss", "learning_rate", "eval/exact_match", "entropy"):
-            cell = row[header.index(column)]
-            assert float(cell) == pytest.approx(m[column], rel=1e-3) if m.get(column) is not None else cell == ""
-    assert (run / "report.md").read_text().strip() == table.strip()
+    assert main(["report", str(run), "-o", str(tmp_path / "page.html")]) == 0
+    assert "page.html" in capsys.readouterr().out
+    assert (tmp_path / "page.html").read_text().lstrip().startswith("<!doctype html>")
+    assert (run / "report.html").exists()                  # written at the end of training
 
 
 def test_report_of_what_is_no_run_is_refused(tmp_path):

@@ -30,7 +30,7 @@ def steps(trainer, n):
 
 
 def weights(trainer):
-    return {k: np.array(v) for k, v in tree_flatten(trainer.learner.master)}
+    return {k: np.array(v.astype(mx.float32)) for k, v in tree_flatten(trainer.learner.master)}
 
 
 def largest_difference(a, b):

@@ -7,6 +7,7 @@ import contextlib
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_grpo import Batch, ConfigError, NotFinite, UserError, cast_floats, count_parameters, is_quantized, nearest
@@ -37,6 +38,10 @@ def prepare_trainable(model, config):
     names = {name for name, module in model.named_modules()} | {n for b in model.layers for n, _ in b.named_modules()}
     if unknown := [key for key in config.lora_keys if key not in names]:
         raise ConfigError(f"lora_keys: the model has no module {unknown[0]!r}{nearest(unknown[0], names)}")
+    odd = [m.bits for _, m in model.named_modules() if isinstance(m, nn.QuantizedLinear) and 32 % m.bits]
+    if config.fine_tune_type == "dora" and odd:
+        raise ConfigError(f'{config.model_name} has {odd[0]}-bit matrices, which mlx-lm\'s DoRA takes for another shape; set '
+                          'fine_tune_type = "lora", or quantise the base to 2, 4 or 8 bits')
     model.freeze()
     mx.random.seed(config.seed)
     layers = config.lora_layers if config.lora_layers >= 0 else len(model.layers)

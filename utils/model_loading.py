@@ -12,21 +12,12 @@ import mlx.core as mx
 from mlx_grpo import ConfigError, TiktokenTokenizerWrapper, UserError, cast_floats, load_symbol, nearest, shipped_path
 
 
-def resolve_model(name_or_path):
-    """The local directory of a model: itself, or the hub's snapshot of that id. Raises UserError."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from mlx_lm.utils import _download
+def resolve_model(name_or_path, trust_remote_code=False):
+    """The local directory of a model: itself, the shipped one of that name, or the hub's snapshot of that id, downloaded
+    once its config is one that runs and the disk has room. Raises UserError."""
+    from mlx_grpo.hub_files import fetch_model
 
-    if shipped_path(name_or_path).is_dir():
-        return shipped_path(name_or_path)
-    if str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") != 1:
-        raise UserError(f"model_name {str(name_or_path)!r}: no such directory, and not a hub id like Qwen/Qwen3-0.6B")
-    try:
-        return Path(_download(str(name_or_path)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model_name {str(name_or_path)!r}: no such directory, and the hub did not give it ({reason}); "
-                        "check the name, the connection, or `hf auth login` for a gated model") from error
+    return fetch_model(str(shipped_path(name_or_path)), trust_remote_code=trust_remote_code)
 
 
 class BaseModelLoader:
@@ -43,17 +34,15 @@ class BaseModelLoader:
             raise UserError(f"{path}: {reason}")
 
     def load_model(self, path, config):
-        """(model, config) from a directory and its config.json as a dictionary."""
-        from mlx_grpo.model_config import normalize_config
-        from mlx_lm.utils import load_model
+        """(model, config) from a directory; names that don't match are told, a layer left at random is refused."""
+        from mlx_grpo.checked_load import load_checked
 
-        try:
-            return load_model(path, lazy=True, model_config=normalize_config(config),
-                              trust_remote_code=self.trust_remote_code)
-        except (ValueError, FileNotFoundError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            remedy = "; set trust_remote_code = true if you trust it" if config.get("model_file") else ""
-            raise UserError(f"{path}: mlx-lm can't load this model: {reason}{remedy}") from error
+        stored = json.loads((Path(path) / "config.json").read_text())
+        changes = {key: value for key, value in config.items() if key not in stored or stored[key] != value}
+        model, config, keys = load_checked(path, changes=changes, lazy=True, trust_remote_code=self.trust_remote_code)
+        for line in keys.lines():
+            print(f"note: {path}: {line}", file=sys.stderr)
+        return model, config
 
     def load_tokenizer(self, path, config):
         """The tokenizer, with mlx-lm's TokenizerWrapper's attributes (encode, decode, apply_chat_template,
@@ -68,14 +57,6 @@ class BaseModelLoader:
 
 class NanoChatLoader(BaseModelLoader):
     """nanochat, all generations: mlx-lm's model for the first, ours for the others; tokenizer.pkl through the wrapper."""
-
-    def load_model(self, path, config):
-        from mlx_grpo import nanochat_model
-
-        if config.get("model_type") != nanochat_model.MODEL_TYPE:
-            return super().load_model(path, config)
-        sys.modules[f"mlx_lm.models.{nanochat_model.MODEL_TYPE}"] = nanochat_model
-        return super().load_model(path, {**config, "model_file": None})     # the project's own class, not the folder's
 
     def load_tokenizer(self, path, config):
         if (Path(path) / "tokenizer.pkl").exists():
@@ -115,7 +96,7 @@ def load_model(name_or_path, *, loader="auto", trust_remote_code=False, dtype=No
 
     dtype: weights are cast to it ("float32", "bfloat16", "float16"); None keeps the stored one. `model.source_path` is
     the directory. Raises UserError for what can't be loaded, encoder models among them."""
-    path = resolve_model(name_or_path)
+    path = resolve_model(name_or_path, trust_remote_code)
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         return load_adapted_model(path, loader=loader, trust_remote_code=trust_remote_code, dtype=dtype)
     try:
@@ -137,7 +118,7 @@ def load_model(name_or_path, *, loader="auto", trust_remote_code=False, dtype=No
 
 def load_adapted_model(path, **options):
     """(model, tokenizer) of adapters in mlx-lm's format on the base model that their adapter_config.json names."""
-    from mlx_lm.tuner.utils import load_adapters
+    from mlx_grpo.adapter_files import load_onto
 
     try:
         base = json.loads((path / "adapter_config.json").read_text()).get("model")
@@ -146,10 +127,7 @@ def load_adapted_model(path, **options):
     if not base:
         raise UserError(f"{path}/adapter_config.json names no base model; load that with --adapter-path instead")
     model, tokenizer = load_model(base, **options)
-    try:
-        load_adapters(model, str(path))
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise UserError(f"{path}: these adapters don't fit {base}: {str(error).splitlines()[-1].strip()}") from error
+    load_onto(model, path)
     mx.eval(model.parameters())
     model.eval()
     return model, tokenizer

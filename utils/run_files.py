@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_grpo import UserError, cast_floats, finite_or_none, lora_parameters
+from mlx_grpo import UserError, cast_floats, extract_answer, finite_or_none, lora_parameters, same_answer
 
 
 # Beside the weights, where there is such a thing to continue with (mlx-lm reads model*.safetensors only): model_old that is
@@ -110,7 +110,7 @@ class RunLog:
 
     def __init__(self, run_dir):
         self.run_dir = Path(run_dir) if run_dir else None
-        self.started, self.first_step = time.perf_counter(), None
+        self.started, self.first_step, self.progress, self.bar = time.perf_counter(), None, None, None
 
     def append(self, name, rows):
         if self.run_dir:
@@ -121,8 +121,15 @@ class RunLog:
     def metrics(self, metrics):
         self.append("metrics.jsonl", [metrics])
 
-    def completions(self, step, rollouts, scores, names, rewards, advantages, extras):
-        """One object for each completion: prompt, text, each reward, advantage, length."""
+    def evaluation(self, step, problems, texts):
+        """One object for each held-out problem, in eval_completions.jsonl."""
+        self.append("eval_completions.jsonl", [
+            {"step": step, "prompt": p.prompt, "answer": p.answer, "completion": text,
+             "correct": same_answer(extract_answer(text), p.answer)} for p, text in zip(problems, texts)])
+
+    def completions(self, step, rollouts, scores, names, rewards, advantages, extras, details=()):
+        """One object for each completion: prompt, text, each reward, advantage, length; tokens and log-probs of the first
+        ones, as `details` gives them."""
         rows, G = [], len(rollouts[0].completion_ids)
         for i, row in enumerate(scores):
             r, g = rollouts[i // G], i % G
@@ -131,11 +138,13 @@ class RunLog:
                 "rewards": {n: None if np.isnan(s) else float(s) for n, s in zip(names, row)},
                 "reward": finite_or_none(rewards.reshape(-1)[i]), "advantage": float(advantages.reshape(-1)[i]),
                 "length": len(r.completion_ids[g]), "ended": r.ended[g], **{k: v[i] for k, v in extras.items()}})
+        for row, (texts, logprobs) in zip(rows, details):
+            row |= {"token_texts": texts, "token_logprobs": [round(x, 4) for x in logprobs]}
         self.append("completions.jsonl", rows)
 
     def cut_after(self, step):
         """Drop what was logged after `step`, when a run continues from there."""
-        for name in ("metrics.jsonl", "completions.jsonl"):
+        for name in ("metrics.jsonl", "completions.jsonl", "eval_completions.jsonl"):
             if self.run_dir and (file := self.run_dir / name).exists():
                 lines = file.read_text(encoding="utf-8").split("\n")[:-1]       # what follows the last line break is half a line
                 kept = [line for line in lines if json.loads(line)["step"] <= step]
@@ -157,7 +166,27 @@ class RunLog:
         parts += [f"loss {m['loss']:.4f}", f"lr {m['learning_rate']:.1e}", f"{m['step_time']:.1f} s"
                   + (f" (rollout {m['rollout_s']:.1f})" if "rollout_s" in m else ""), f"{m['peak_gb']:.1f} GB"]
         parts += [f"exact match {m['eval/exact_match']:.2f}"] if "eval/exact_match" in m else []
-        print(" | ".join(parts) + f" | {left / 60:.0f} min left", flush=True)
+        self.show(" | ".join(parts) + f" | {left / 60:.0f} min left", m["step"], total)
+
+    def show(self, text, step, total):
+        """Print a line; on a terminal above a progress bar with the time left."""
+        if not sys.stdout.isatty():
+            print(text, flush=True)
+            return
+        if self.progress is None:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.progress = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress.start()
+            self.bar = self.progress.add_task("training", total=total, completed=step - 1)
+        self.progress.console.print(text, markup=False, highlight=False)
+        self.progress.update(self.bar, completed=step)
+
+    def close(self):
+        """Leave the terminal as it was."""
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
 
 
 def read_metrics(run_dir):
