@@ -116,7 +116,7 @@ def loaded(config):
 def hub(config):
     """The problems of a hub data set that holds two configurations and three splits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlx_grpo, "hub_rows", lambda name, part, split: [
+        patch.setattr("mlx_grpo.problems.hub_rows", lambda name, part, split: [
             ({"question": f"{part} {split} {i}", "answer": str(i)}, f"row {i}") for i in range(10)])
         return problems(config)
 
@@ -168,6 +168,12 @@ LOCAL = dict(dataset="rows.jsonl", eval_samples=100)
 HUB = dict(dataset="some/data", eval_samples=100)
 LORA = dict(fine_tune_type="lora")
 EVAL = dict(eval_samples=4)
+ROUGH = dict(quantize_for_rollouts=True, rollout_group_size=32, rollout_bits=2)     # samples far from the policy
+HEALING = ROUGH | dict(rollout_bits=[2, 0], max_logp_gap=1e-3)
+FLAT = dict(rewards=["correctness"])                                                # every reward 0
+DISTILL = dict(objective="distill", teacher_model="other")
+PROXIMAL = MOVING | dict(old_logprobs="proximal")
+TOGETHER = {"objective": DISTILL}                       # what is refused unless it is changed along
 
 TABLE = {
     "model_name": (sampled, "other", {}),
@@ -175,6 +181,7 @@ TABLE = {
     "trust_remote_code": (loaded, True, {"model_name": "custom"}),
     "dtype": (of_run(lambda run: run.trainer.model.norm.weight.dtype if "norm" in run.trainer.model
                      else run.trainer.model.model.norm.weight.dtype), "bfloat16", {"dtype": "float32"}),
+    "recipe": (advantages, "dr_grpo", {}),
     "seed": (sampled, 1, {"shuffle": False, "dataset": "rows.jsonl", "eval_samples": 0}),
     "output_dir": (places, "elsewhere", {}), "run_name": (places, "mine", {}),
     "dataset": (problems, "synthetic:reverse", EVAL),
@@ -197,12 +204,22 @@ TABLE = {
                               {"rollout_group_size": 32}),
     "rollout_bits": (old_policy, 8, {"quantize_for_rollouts": True, "rollout_group_size": 32}),
     "rollout_group_size": (old_policy, 32, {"quantize_for_rollouts": True}),
+    "rollout_precision": (old_policy, {"model.layers.0": 0}, ROUGH),
+    "self_healing": (outcome, False, HEALING), "calm_syncs": (logged("healed"), 1, HEALING | {"max_steps": 3}),
+    "min_ess": (outcome, 0.9999, ROUGH), "max_logp_gap": (outcome, 1e-3, ROUGH),
+    "dynamic_sampling": (logged("epoch"), True, FLAT | {"max_gen_batches": 2}),
+    "max_gen_batches": (logged("dynamic_sampling/rounds"), 3, FLAT | {"dynamic_sampling": True, "max_gen_batches": 2}),
     "update_every": (sampled, 3, {"max_steps": 3, "learning_rate": 0.02}),
     "top_p": (sampled, 0.1, {}), "top_k": (sampled, 2, {}), "min_p": (sampled, 0.9, {}),
     "repetition_penalty": (sampled, 9.0, {}),
     "stop": (sampled, ["a", "e", "i", "\ufffd"], {}), "response_prefix": (sampled, "<reasoning>", {}),
     "advantage": (advantages, "rloo", {}), "normalize_advantages": (advantages, True, {"advantage": "rloo"}),
     "overlong_cache": (logged("reward"), 6, {}),
+    "objective": (moved, "distill", {}), "teacher_model": (moved, "tiny", DISTILL),
+    "distill_task_coeff": (moved, 1.0, DISTILL),
+    "off_policy_threshold": (moved, 1e-3, MOVING), "old_logprobs": (moved, "proximal", MOVING),
+    "sampler_correction": (moved, "token_truncate", PROXIMAL), "sampler_clip_min": (moved, 0.99, PROXIMAL),
+    "sampler_clip_max": (moved, 1.01, PROXIMAL | {"sampler_correction": "token_truncate"}),
     "importance_sampling_level": (logged("clip_ratio/low_mean", "loss"), "sequence", MOVING),
     "num_iterations": (moved, 2, {"max_steps": 2}), "minibatches": (moved, 2, {"max_steps": 2}),
     "delta": (moved, 1.21, MOVING | {"learning_rate": 0.2}),
@@ -243,6 +260,7 @@ TABLE = {
     "weight_decay": (moved, 0.9, {}), "decay_all": (moved, True, {"weight_decay": 0.9}),
     "use_compile": (of_run(lambda run: run.counts["compile"] > 0), True, {"use_compile": False, "max_steps": 1}),
     "logging_steps": (printed, 2, {"max_steps": 3}), "log_jsonl": (of_run(lambda run: run.files), False, {}),
+    "log_token_details": (of_run(lambda run: sum("token_texts" in r for r in run.completions)), 1, {}),
     "save_steps": (of_run(lambda run: run.files), 1, {"max_steps": 2}),
     "eval_steps": (of_run(lambda run: [m["step"] for m in run.metrics if "eval/exact_match" in m]), 2,
                    EVAL | {"max_steps": 3}),
@@ -269,7 +287,7 @@ def test_the_option_changes_something_that_can_be_seen(name, files):
     look, value, shared = TABLE[name]
     if shared.get("model_name") == "untied" and not (files / "untied").exists():
         tiny_qwen2(files / "untied", tie_word_embeddings=False)
-    before, after = make_config(**shared), make_config(**shared | {name: value})
+    before, after = make_config(**shared), make_config(**shared | TOGETHER.get(name, {}) | {name: value})
     assert vars(before)[name] != vars(after)[name], "the changed value is the shared one"
     assert look(before) != look(after)
 
