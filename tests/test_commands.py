@@ -338,6 +338,8 @@ def test_plan_prints_every_option_with_its_source_and_what_the_run_needs(model, 
     big = plan(num_generations=64, max_new_tokens=400, max_completion_length=400, batch_size=10)
     assert line(big, "logits of a pass").split()[-2] == f"{3 * 4 * 10 * 64 * 400 * 264 / 1e9:.2f}"
     assert not (tmp_path / "run").exists()
+    ladder = plan(quantize_for_rollouts=True, rollout_bits=[4, 8, 0], update_every=10)      # the first rung counts
+    assert line(ladder, "model_old") == line(plan(quantize_for_rollouts="auto"), "model_old")
 
 
 def test_report_writes_one_page_of_the_run(first_run, tmp_path, capsys):

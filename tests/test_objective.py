@@ -49,7 +49,7 @@ def test_every_loss_steps_and_how_it_is_split_changes_nothing(tmp_path, loss, sp
     ({"kl_in": "reward", "advantage": "gdpo"}, "never forms"), ({"ref_sync_steps": 5}, "kl_coeff above 0"),
     ({"normalize_advantages": True}, "advantage rloo"), ({"advantage": "rloo", "scale_rewards": "none"}, "advantage group"),
     ({"objective": "distill"}, "set both"), ({"teacher_model": "x"}, "set both"), ({"rollout_bits": 5}, "rollout_bits must be"),
-    ({"rollout_bits": [4, 8, 0], "self_healing": False}, "nothing climbs"), ({"rollout_bits": [0]}, "rollout_bits must be"),
+    ({"rollout_bits": [4, 8, 0, 5]}, "rollout_bits must be"), ({"rollout_bits": [0]}, "rollout_bits must be"),
     ({"rollout_precision": {"lm_head": 5}}, "rollout_precision"), ({"stop": [""]}, "empty text"),
     ({"overlong_cache": 4000}, "more than max_completion_length"),
 ])
@@ -73,6 +73,7 @@ def test_a_recipe_sets_its_options_below_file_and_command_line(recipe):
         if name != "num_generations":
             assert vars(config)[name] == value and sources[name] == f"recipe {recipe}"
     assert config.num_generations == 6 and sources["num_generations"] == "--set"
+    assert MLXGRPOConfig(recipe=recipe, num_generations=6) == config            # and in Python alike
 
 
 def test_several_passes_use_real_old_logprobs_and_take_the_rewards_once(tmp_path):
@@ -143,6 +144,31 @@ def test_rows_without_advantage_cost_no_pass_and_change_no_update(tmp_path):
     assert sum(rows) < 2 * 16
     assert [m["grad_norm"] for m in a] == pytest.approx([m["grad_norm"] for m in b], rel=1e-4)
     assert largest_difference(weights(skipping), weights(computing)) < 2e-5
+
+
+def test_a_batch_of_truncated_rows_gives_no_gradient_and_a_warning(tmp_path, capsys):
+    config = replace(MOVING, mask_truncated_completions=True, max_new_tokens=2)
+    metrics = steps(make_trainer(tmp_path, config), 1)[0]
+    assert metrics["grad_norm"] == 0 and metrics["loss"] == 0 and metrics["completions/clipped_ratio"] == 1
+    assert "raise max_new_tokens" in capsys.readouterr().err
+
+
+def test_a_completion_that_ends_at_once_trains_its_end_token():
+    from mlx_grpo import Problem, make_rollout, pad_batch
+
+    tokenizer = load_model(CONFIG.model_name)[1]
+    rollout = make_rollout(tokenizer, Problem("x", None, {}), [5, 6], [[tokenizer.eos_token_id]], [[-0.5]])
+    assert rollout.ended == [True] and rollout.texts == [""] and pad_batch([rollout]).mask.sum().item() == 1
+
+
+def test_a_step_in_which_no_reward_applies_is_an_error(tmp_path):
+    def never(completions, **_):
+        return [None] * len(completions)
+
+    model, tokenizer = load_model(CONFIG.model_name)
+    trainer = MLXGRPOTrainer(model, tokenizer, [never], CONFIG, load_problems(CONFIG)[0], run_dir=tmp_path)
+    with pytest.raises(UserError, match="every reward function returned None"):
+        steps(trainer, 1)
 
 
 def test_kl_in_the_reward_lowers_it_by_the_summed_k1(tmp_path):
@@ -227,7 +253,7 @@ def test_an_overflow_of_quantisation_heals_and_without_healing_stops(tmp_path, c
     assert all(np.isfinite(w).all() for w in weights(trainer).values())
     assert capsys.readouterr().err.count("rollouts go on with full bits") == 1
     with pytest.raises(UserError, match="not finite on a probe"):
-        make_trainer(tmp_path / "off", replace(config, rollout_bits=4, self_healing=False))
+        make_trainer(tmp_path / "off", replace(config, self_healing=False))
 
 
 def test_a_gap_beyond_its_limit_redoes_the_step_one_rung_up_and_calm_syncs_step_down(tmp_path):
