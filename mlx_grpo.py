@@ -1794,6 +1794,9 @@ class MLXGRPOTrainer:
             raise RewardError("every reward function returned None for every completion of this step, so there is nothing "
                               "to learn from; see `mlx_grpo.py rewards`")
         batches = self.scored_batches(rollouts)
+        if not any(b.mask.sum().item() for b in batches):
+            print(f"step {self.step_count + 1}: no completion has a token to train on (all of them ran out of tokens, and "
+                  "mask_truncated_completions is on): no gradient; raise max_new_tokens", file=sys.stderr)
         if args.kl_coeff and args.kl_in == "reward":                                           # r - kl_coeff * sum of k1
             kl = [((b.old_logprobs - b.ref_logprobs) * b.mask).sum(axis=1) for b in batches]
             rewards = rewards - args.kl_coeff * np.concatenate([np.array(rows) for rows in kl])
