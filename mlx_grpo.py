@@ -244,6 +244,9 @@ class MLXGRPOConfig:
     logging_steps: int = opt(1, "steps between lines on the terminal", low=0)
     log_jsonl: bool = opt(True, "write metrics.jsonl and completions.jsonl")
     log_token_details: int = opt(4, "completions a step whose tokens and log-probs are logged, for the report", low=0)
+    save_total_limit: int = opt(0, "whole checkpoints to keep, beside the last and the best; 0 = all", low=0)
+    save_best: str = opt("", 'metric whose best value so far saves a checkpoint, "eval/exact_match" for instance; empty = none')
+    max_bad_steps: int = opt(0, "batches that are not finite at full precision and are left out, before the run stops", low=0)
     save_steps: int = opt(100, "steps between checkpoints; the last step always saves one", low=0)
     eval_steps: int = opt(50, "steps between evaluations on held-out problems (and at step 0 and the end)", low=0)
     eval_samples: int = opt(200, "held-out problems in an evaluation; 0 = no evaluation", low=0)
@@ -1746,6 +1749,7 @@ class MLXGRPOTrainer:
         self.total_steps = count_steps(args, len(self.train_dataset))
         self.compiled = mx.default_device() != mx.cpu if args.use_compile == "auto" else args.use_compile
         self.gradients = self.learner.gradients_of(self.compute_grpo_loss, self.compiled)
+        self.interrupted, self.save_s, self.best, self.bad_steps = None, 0.0, None, 0
         self.samples = {}       # step -> (prompt, completion) of the first held-out problem
         self.log = RunLog(self.run_dir if args.log_jsonl else None)
         self.sync_old()
@@ -1755,10 +1759,10 @@ class MLXGRPOTrainer:
     def step(self, problems=None):
         """One optimizer update; returns its metrics. Samples a new rollout batch when the last one is used up: of
         `problems`, or of the next ones in the run's order. Raises UserError where even healing doesn't help."""
-        started, drawn = time.perf_counter(), self.prompts_drawn
+        started = time.perf_counter()
         while True:
+            drawn, fresh = self.prompts_drawn, not self.window
             try:
-                fresh = not self.window
                 pending = self.fill_window(problems) if fresh else None                        # 1-3. sample, score, advantages
                 rate = learning_rate_at(self.step_count + 1, self.total_steps, self.args)
                 update = self.update_policy(self.window[0], rate)                              # 4. loss, gradient, update
@@ -2027,6 +2031,11 @@ class MLXGRPOTrainer:
         """Climb one rung of the ladder after a failed batch, or raise the error where there is none left."""
         if not self.args.self_healing or self.rung + 1 == len(self.ladder):
             self.save_failure(error)
+            self.bad_steps += 1
+            if resync and self.bad_steps <= self.args.max_bad_steps:
+                self.prompts_drawn += self.args.prompts_per_step * self.args.minibatches      # the next prompts instead
+                print(f"step {self.step_count + 1}: {error}; the batch is left out ({self.bad_steps} of max_bad_steps)", file=sys.stderr)
+                return
             raise UserError(f"{error} (step {self.step_count + 1}; learning rate {self.args.learning_rate:g}, kl_coeff "
                             f"{self.args.kl_coeff:g}; see {self.run_dir / 'failure.json'})") from error
         self.rung, self.calm_syncs, self.healed = self.rung + 1, 0, self.healed + 1
@@ -2042,7 +2051,7 @@ class MLXGRPOTrainer:
         record = {"step": self.step_count + 1, "reason": str(error), "config": asdict(self.args),
                   "problems": [p.prompt for p in self.last_problems()]}
         (self.run_dir / "failure.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if self.step_count and all(mx.isfinite(a).all().item() for _, a in tree_flatten(self.learner.master)):
+        if self.step_count and self.bad_steps >= self.args.max_bad_steps and all(mx.isfinite(a).all().item() for _, a in tree_flatten(self.learner.master)):
             self.save_checkpoint(self.run_dir / f"checkpoint-{self.step_count}")
 
     def last_problems(self):
@@ -2068,21 +2077,41 @@ class MLXGRPOTrainer:
         if self.step_count == 0 and (scores := self.evaluate(at_start=True)):
             self.log.metrics({"step": 0, **scores})
             print(f"step 0/{self.total_steps} | " + " | ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
-        while self.step_count < self.total_steps:
+        stop = False
+        while self.step_count < self.total_steps and not stop and not self.interrupted:
             metrics = self.step()
             last = self.step_count == self.total_steps
-            metrics |= self.evaluate(last)
+            metrics |= {"save_s": self.save_s} | self.evaluate(last)
+            self.save_s = 0.0
             stop = self.notify("on_step_end", metrics)
             self.log.metrics(metrics)
             if args.logging_steps and (self.step_count % args.logging_steps == 0 or last):
                 self.log.line(metrics, self.total_steps)
-            if last or stop or (args.save_steps and self.step_count % args.save_steps == 0):
-                self.save_checkpoint(self.run_dir / f"checkpoint-{self.step_count}")
-            if stop:
-                break
+            best = self.is_best(metrics)
+            if last or stop or best or self.interrupted or (args.save_steps and self.step_count % args.save_steps == 0):
+                self.save_run(best)
         self.log.close()
         self.notify("on_train_end")
         return metrics
+
+    def is_best(self, metrics):
+        """Whether save_best's metric is there and higher than ever; remembers it."""
+        value = metrics.get(self.args.save_best)
+        if value is None or (self.best is not None and value <= self.best):
+            return False
+        self.best = value
+        return True
+
+    def save_run(self, best=False):
+        """checkpoint-N of the run, the links that lead to it, and older ones removed beyond save_total_limit."""
+        started, path = time.perf_counter(), self.run_dir / f"checkpoint-{self.step_count}"
+        self.save_checkpoint(path)
+        point_to(self.run_dir, "checkpoint-last", path)
+        if best:
+            point_to(self.run_dir, "checkpoint-best", path)
+        if self.args.save_total_limit:
+            prune(self.run_dir, self.args.save_total_limit)
+        self.save_s = time.perf_counter() - started
 
     def evaluate(self, at_end=False, at_start=False):
         """Exact match on the held-out problems and on the fixed training subset, where this step's number is due."""
@@ -2109,13 +2138,15 @@ class MLXGRPOTrainer:
         """Call every callback's method of that name; true if any of them returns true."""
         return any([getattr(callback, event)(self, *args) for callback in self.callbacks])
 
-    STATE = ("step_count", "num_tokens", "prompts_drawn", "rung", "calm_syncs", "healed", "entropy_coef", "window_metrics")
+    STATE = ("step_count", "num_tokens", "prompts_drawn", "rung", "calm_syncs", "healed", "entropy_coef", "window_metrics", "best",
+             "bad_steps")
 
     def save_checkpoint(self, path):
         """A directory that mlx_lm and transformers open, with the optimizer and all of the trainer's state beside it, what
         is left of a rollout batch among it; written under a temporary name and renamed. Raises UserError."""
         state = {name: vars(self)[name] for name in self.STATE}
-        state |= {"step": self.step_count, "total_steps": self.total_steps, "reward_errors": self.scorer.errors}
+        state |= {"step": self.step_count, "total_steps": self.total_steps, "reward_errors": self.scorer.errors,
+                  "config": asdict(self.args)}
         steps, arrays = [[id(b) for b in batches] for batches in self.window], {}
         order = list(dict.fromkeys(i for ids in steps for i in ids))       # a Batch may serve several steps: stored once
         for batch in (b for batches in self.window for b in batches):
@@ -2130,7 +2161,11 @@ class MLXGRPOTrainer:
 
     def load_checkpoint(self, path):
         """Continue from a checkpoint of this run: weights, moments, model_old, step, what is left of the rollout batch."""
-        state, path = load_checkpoint(path, self.learner), Path(path)
+        path = Path(path)
+        if trouble := check_manifest(path):
+            raise UserError(f"{path} is not a whole checkpoint: {trouble}; --resume auto takes the newest whole one")
+        check_same_run(json.loads((path / "trainer_state.json").read_text())["config"], asdict(self.args), path)
+        state = load_checkpoint(path, self.learner)
         for name in self.STATE:
             setattr(self, name, state[name])
         self.scorer.errors = state["reward_errors"]
@@ -2305,9 +2340,12 @@ class SFTTrainer(MLXGRPOTrainer):
 
 # ---- evaluation, checkpoints, run log --------------------------------------------------------------------------------
 
+from mlx_grpo.manifest import check_manifest  # noqa: E402
 from mlx_grpo.run_files import (  # noqa: E402
-    OLD_POLICY, REFERENCE, WINDOW, RunLog, find_checkpoints, load_checkpoint, read_metrics, save_arrays, save_checkpoint,
-    save_tokenizer, save_weights, versions)
+    OLD_POLICY, REFERENCE, WINDOW, RunLog, load_checkpoint, read_metrics, save_arrays, save_checkpoint, save_tokenizer,
+    save_weights, versions)
+from mlx_grpo.run_guard import (  # noqa: E402
+    check_same_run, checkpoints_of, newest_valid, point_to, prune, run_lock, stop_on_signals)
 
 
 
@@ -2333,7 +2371,7 @@ def find_run_dir(config, resume):
     checkpoint = None
     if resume not in (None, "auto"):
         whole = (Path(resume) / "trainer_state.json").exists()
-        checkpoint = Path(resume) if whole else next(reversed(find_checkpoints(resume)), None)
+        checkpoint = Path(resume) if whole else newest_valid(resume)[0]
         if not checkpoint:
             raise UserError(f"no checkpoint in {resume} (looked for trainer_state.json and checkpoint-*/trainer_state.json); "
                             "--resume auto takes the newest one of the run, or starts fresh where there is none")
@@ -2346,7 +2384,9 @@ def find_run_dir(config, resume):
         config = replace(config, run_name=config.run_name.replace("{n}", str(number)))
     run_dir = Path(config.output_dir) / config.run_name
     if resume == "auto":
-        checkpoint = next(reversed(find_checkpoints(run_dir)), None)
+        checkpoint, skipped = newest_valid(run_dir)
+        for line in skipped:
+            print(f"skipped {line}", file=sys.stderr)
         print(f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {run_dir}: starting fresh", flush=True)
     elif (run_dir / "config.json").exists() and not (checkpoint and checkpoint.resolve().parent == run_dir.resolve()):
         raise UserError(f"{run_dir} already holds a run; continue it with --resume auto, or choose another "
@@ -2379,6 +2419,8 @@ def write_run_config(run_dir, config, sources, command):
 
 def train_command(args):
     """Train by GRPO (or, as `sft`, on demonstrations): what the configuration says, from one command."""
+    from mlx_grpo.files import check_free_space
+
     config, sources = load_config(args.config, args.set)
     rewards = find_rewards(config.rewards)             # a typo is told before the model is loaded
     run_dir, checkpoint, config = find_run_dir(config, args.resume)
@@ -2389,28 +2431,41 @@ def train_command(args):
         trainer = SFTTrainer(model, tokenizer, config, train, held_out, **options)
     else:
         trainer = MLXGRPOTrainer(model, tokenizer, rewards, config, train, held_out, **options)
-    if checkpoint:
-        trainer.load_checkpoint(checkpoint)
-    else:
-        trainer.log.cut_after(-1)                      # what a run left that ended before its first checkpoint
-    write_run_config(run_dir, config, sources, args.command)
+    with run_lock(run_dir):
+        if checkpoint:
+            trainer.load_checkpoint(checkpoint)
+        else:
+            trainer.log.cut_after(-1)                  # what a run left that ended before its first checkpoint
+        check_free_space(run_dir, trainer.learner.checkpoint_bytes(), "a checkpoint")
+        write_run_config(run_dir, config, sources, args.command)
+        announce(trainer, config, sources, args.command)
+        started = time.perf_counter()
+        with stop_on_signals(trainer):
+            trainer.train()
+        if trainer.interrupted:
+            saved = f"saved checkpoint-{trainer.step_count}; go on" if trainer.step_count else "nothing to save yet; start again"
+            print(f"stopped in {run_dir}: {saved} with the same command and --resume", file=sys.stderr)
+            return 128 + trainer.interrupted
+        print_summary(trainer, time.perf_counter() - started)
+    return 0
+
+
+def announce(trainer, config, sources, command):
+    """What is about to run, in a few lines: sizes, what is trained, the objective, options without effect."""
+    model, run_dir = trainer.model, trainer.run_dir
     print(f"{config.model_name}: {count_parameters(model) / 1e6:.1f}M parameters, {str(trainer.dtype).split('.')[-1]} on "
           f"{mx.default_device()} | {len(trainer.train_dataset)} problems, {len(trainer.eval_dataset)} held out | "
           f"{trainer.total_steps} steps of {config.prompts_per_step} prompts"
-          + (f" x {config.num_generations}" if args.command == "train" else "") + f" | {run_dir}", flush=True)
+          + (f" x {config.num_generations}" if command == "train" else "") + f" | {run_dir}", flush=True)
     print(trainer.learner.description(), flush=True)
-    if args.command != "sft":
+    if command != "sft":
         print(f"old log-probs: {old_logprobs_kind(config)} | " + "".join(
             f"{name} = {asdict(config)[name]!r} (recipe {config.recipe}) | " for name, source in sources.items()
             if source.startswith("recipe")) + "loss " + config.loss_type, flush=True)
         for line in options_without_effect(config, sources):
             print(line, file=sys.stderr)
-    if not tokenizer.has_chat_template:
+    if not trainer.tokenizer.has_chat_template:
         print("the tokenizer has no chat template: messages are joined as plain text", file=sys.stderr)
-    started = time.perf_counter()
-    trainer.train()
-    print_summary(trainer, time.perf_counter() - started)
-    return 0
 
 
 def print_summary(trainer, seconds):

@@ -101,7 +101,7 @@ def test_a_resumed_adapter_run_is_the_run_that_went_on(tmp_path):
 def test_an_adapter_checkpoint_does_not_resume_a_full_run(tmp_path):
     trainer = make_trainer(tmp_path, LORA)
     trainer.save_checkpoint(tmp_path / "checkpoint-0")
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="fine_tune_type was 'lora', is 'full'"):
         make_trainer(tmp_path, CONFIG).load_checkpoint(tmp_path / "checkpoint-0")
 
 

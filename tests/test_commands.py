@@ -64,8 +64,7 @@ def weights(directory):
 def test_a_run_leaves_its_configuration_log_report_and_checkpoints(first_run):
     _, run = first_run
     assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "completions.jsonl", "eval_completions.jsonl", "report.html",
-                                               "checkpoint-2",
-                                               "checkpoint-4"}
+                                               "checkpoint-2", "checkpoint-4", "checkpoint-last", ".lock"}
     record = json.loads((run / "config.json").read_text())
     assert record["config"].keys() == OPTIONS.keys() == record["sources"].keys()
     assert record["config"]["max_steps"] == 4 and record["sources"]["max_steps"] == "--set"
@@ -131,7 +130,7 @@ def test_a_resumed_run_ends_with_the_weights_and_the_log_of_an_unbroken_one(firs
     resumed = tmp_path / "run"
     a, b = weights(unbroken / "checkpoint-4"), weights(resumed / "checkpoint-4")
     assert a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]).item() for name in a)
-    own = lambda m: {k: v for k, v in m.items() if k not in ("step_time", "rollout_s", "peak_gb")}
+    own = lambda m: {k: v for k, v in m.items() if k not in ("step_time", "rollout_s", "peak_gb", "save_s")}
     assert [own(m) for m in read_metrics(unbroken)] == [own(m) for m in read_metrics(resumed)]
     assert lines_of(unbroken / "completions.jsonl") == lines_of(resumed / "completions.jsonl")
 

@@ -135,6 +135,11 @@ class Learner:
         mx.eval(self.master, self.model.parameters(), self.optimizer.state)
         return norm.item()
 
+    def checkpoint_bytes(self):
+        """About how much a checkpoint takes on disk: weights or adapters, and moments."""
+        size = lambda tree: sum(a.nbytes for _, a in tree_flatten(tree))
+        return size(self.master) + size(self.optimizer.state)
+
     def description(self):
         """One line: what is trained, in which dtype, and the bytes of weights, gradients and moments."""
         from mlx_grpo.files import human_bytes

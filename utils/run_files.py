@@ -22,36 +22,53 @@ OLD_POLICY, REFERENCE, WINDOW = "old_policy.safetensors", "reference.safetensors
 
 def save_checkpoint(path, learner, tokenizer, state, extra):
     """Write a model directory with float32 weights (model.safetensors, sharded when large; config.json; tokenizer;
-    generation_config.json), or adapters in mlx-lm's format, and optimizer.safetensors and trainer_state.json; under a
-    temporary name, then rename it."""
+    generation_config.json), or adapters in mlx-lm's format, and optimizer.safetensors and trainer_state.json; the
+    manifest last; under a temporary name, then rename it. Raises UserError where it can't be written."""
     from mlx_grpo.files import atomic_directory
+    from mlx_grpo.manifest import write_manifest
 
+    try:
+        with atomic_directory(path, replace=True) as work:
+            write_checkpoint(work, learner, tokenizer, state, extra)
+            write_manifest(work)
+    except OSError as error:
+        raise UserError(f"can't save {path}: {error.strerror or error}; earlier checkpoints are as they were: make room and go "
+                        "on with --resume") from error
+
+
+def write_checkpoint(work, learner, tokenizer, state, extra):
+    """The files of a checkpoint, into the directory `work`."""
     source = Path(learner.model.source_path)
-    with atomic_directory(path, replace=True) as work:
-        if learner.config.fine_tune_type == "full":
-            save_weights(work, dict(tree_flatten(learner.model.parameters())) | dict(tree_flatten(learner.master)))
-            config = json.loads((source / "config.json").read_text())
-            config["torch_dtype"] = config["dtype"] = learner.config.optimizer_dtype
-            (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            for file in [source / "generation_config.json", *source.glob("*.py")]:
-                if file.exists():
-                    (work / file.name).write_bytes(file.read_bytes())
-        else:
-            save_arrays(work / "adapters.safetensors", dict(tree_flatten(learner.master)))
-            layers = learner.config.lora_layers if learner.config.lora_layers >= 0 else len(learner.model.layers)
-            adapter = {"fine_tune_type": learner.config.fine_tune_type, "num_layers": layers,
-                       "lora_parameters": lora_parameters(learner.config), "model": learner.config.model_name}
-            (work / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
-        save_tokenizer(tokenizer, work)
-        save_arrays(work / "optimizer.safetensors", dict(tree_flatten(learner.optimizer.state)))
-        for file, arrays in extra.items():
-            save_arrays(work / file, arrays)
-        (work / "trainer_state.json").write_text(json.dumps(state | {"versions": versions()}, indent=2) + "\n")
+    if learner.config.fine_tune_type == "full":
+        save_weights(work, dict(tree_flatten(learner.model.parameters())) | dict(tree_flatten(learner.master)))
+        config = json.loads((source / "config.json").read_text())
+        config["torch_dtype"] = config["dtype"] = learner.config.optimizer_dtype
+        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file in [source / "generation_config.json", *source.glob("*.py")]:
+            if file.exists():
+                (work / file.name).write_bytes(file.read_bytes())
+    else:
+        save_arrays(work / "adapters.safetensors", dict(tree_flatten(learner.master)))
+        layers = learner.config.lora_layers if learner.config.lora_layers >= 0 else len(learner.model.layers)
+        adapter = {"fine_tune_type": learner.config.fine_tune_type, "num_layers": layers,
+                   "lora_parameters": lora_parameters(learner.config), "model": learner.config.model_name}
+        (work / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
+    save_tokenizer(tokenizer, work)
+    save_arrays(work / "optimizer.safetensors", dict(tree_flatten(learner.optimizer.state)))
+    for file, arrays in extra.items():
+        save_arrays(work / file, arrays)
+    (work / "trainer_state.json").write_text(json.dumps(state | {"versions": versions()}, indent=2) + "\n")
 
 
 def save_arrays(file, arrays):
-    """A safetensors file; sorted by name, so that equal arrays give equal bytes."""
-    mx.save_safetensors(str(file), dict(sorted(arrays.items())), metadata={"format": "mlx"})
+    """A safetensors file; sorted by name, so that equal arrays give equal bytes. Raises OSError."""
+    file = Path(file)
+    try:
+        mx.save_safetensors(str(file), dict(sorted(arrays.items())), metadata={"format": "mlx"})
+    except RuntimeError as error:
+        raise OSError(f"{file.name}: {error}") from error
+    if file.stat().st_size < sum(a.nbytes for a in arrays.values()):      # a full disk may cut a file without an error
+        raise OSError(f"{file.name} was cut short; the disk is full")
 
 
 def save_weights(directory, weights):
@@ -94,12 +111,6 @@ def load_checkpoint(path, learner):
     return json.loads((Path(path) / "trainer_state.json").read_text())
 
 
-def find_checkpoints(run_dir):
-    """The finished checkpoints of a run, oldest first."""
-    found = [p.parent for p in Path(run_dir).glob("checkpoint-*/trainer_state.json")]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
-
-
 def versions():
     from importlib.metadata import version
     return {"python": sys.version.split()[0]} | {p: version(p) for p in ("mlx", "mlx-lm", "numpy")}
@@ -113,10 +124,15 @@ class RunLog:
         self.started, self.first_step, self.progress, self.bar = time.perf_counter(), None, None, None
 
     def append(self, name, rows):
-        if self.run_dir:
+        if not self.run_dir:
+            return
+        try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             with open(self.run_dir / name, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except OSError as error:
+            raise UserError(f"can't write {self.run_dir / name}: {error.strerror}; checkpoints are as they were: make room and "
+                            "go on with --resume") from error
 
     def metrics(self, metrics):
         self.append("metrics.jsonl", [metrics])

@@ -1,0 +1,106 @@
+"""
+What keeps a run whole: one process per run directory, signals that end it after a checkpoint, links to the last and best
+checkpoints, old ones removed, and which checkpoint a resume may take.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from mlx_grpo import ConfigError, UserError
+from mlx_grpo.manifest import check_manifest
+
+# Options that may change between a checkpoint and its resume: how long, how often, how much is written.
+FREE_TO_CHANGE = {
+    "num_epochs", "max_steps", "logging_steps", "log_jsonl", "log_token_details", "save_steps", "save_total_limit",
+    "save_best", "eval_steps", "eval_samples", "eval_every_updates", "eval_subset_size", "eval_max_new_tokens",
+    "eval_temperature", "output_dir", "run_name", "max_reward_errors", "max_bad_steps", "rollout_batch_size", "use_compile"}
+
+
+@contextlib.contextmanager
+def run_lock(run_dir):
+    """Hold a run directory (made if need be) for this process. The lock is the kernel's and dies with the process.
+    Raises UserError where another process holds it or the directory can't be written."""
+    try:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        file = open(Path(run_dir) / ".lock", "a+")
+    except OSError as error:
+        raise UserError(f"can't write in {run_dir}: {error.strerror}; choose another output_dir") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(f"{run_dir} is in use by process {file.read().strip() or '?'}; wait for it, or choose another "
+                            "--set run_name=NAME") from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def stop_on_signals(trainer):
+    """SIGINT and SIGTERM let the step finish, after which the trainer saves a checkpoint and stops; a second one ends the
+    process at once, which leaves what is on disk whole as well."""
+    def handle(number, frame):
+        if trainer.interrupted:
+            os._exit(128 + number)
+        trainer.interrupted = number
+        print(f"{signal.Signals(number).name}: finishing the step, then saving; once more to end at once", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def checkpoints_of(run_dir):
+    """The checkpoint-N directories of a run with a trainer state, oldest first, whole or not; links left out."""
+    found = [p for p in Path(run_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    return sorted((p for p in found if (p / "trainer_state.json").exists()), key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def newest_valid(run_dir):
+    """(the newest checkpoint whose manifest fits, or None; ["checkpoint-8: what is wrong with it", ...] of newer ones)."""
+    skipped = []
+    for path in reversed(checkpoints_of(run_dir)):
+        if not (trouble := check_manifest(path)):
+            return path, skipped
+        skipped.append(f"{path.name}: {trouble}")
+    return None, skipped
+
+
+def point_to(run_dir, name, checkpoint):
+    """The link `name` in the run directory leads to the checkpoint; replaced in one step."""
+    work = Path(run_dir) / f".{name}.tmp"
+    work.unlink(missing_ok=True)
+    work.symlink_to(Path(checkpoint).name)
+    os.replace(work, Path(run_dir) / name)
+
+
+def prune(run_dir, keep):
+    """Remove all but the newest `keep` whole checkpoints; never those that a link leads to, never one that isn't whole."""
+    whole = [path for path in checkpoints_of(run_dir) if check_manifest(path, quick=True) is None]
+    linked = {path.resolve() for name in ("checkpoint-last", "checkpoint-best") if (path := Path(run_dir) / name).exists()}
+    for path in whole[:-keep]:
+        if path.resolve() not in linked:
+            doomed = path.with_name(f".{path.name}.removed")      # gone under its own name in one step
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def check_same_run(before, now, path):
+    """Raises ConfigError listing the options that differ between a checkpoint's configuration and today's, and matter."""
+    differing = [f"{name} was {before[name]!r}, is {now[name]!r}" for name in now
+                 if name in before and name not in FREE_TO_CHANGE and before[name] != now[name]]
+    if differing:
+        raise ConfigError(f"{path} was made by another configuration ({'; '.join(differing)}); set these back, or start a new "
+                          "run from it with --set model_name=" + str(path))
