@@ -91,8 +91,18 @@ def count_calls(patch, owner, name, counts):
 
 
 def of_run(look):
-    """Look at a finished run."""
-    return lambda config: look(trained(config))
+    """Look at a finished run; rows that share their options share the run."""
+    return lambda config: look(finished(config))
+
+
+RUNS = {}       # repr of a configuration -> its run
+
+
+def finished(config):
+    """The run of a configuration, trained once."""
+    if repr(config) not in RUNS:
+        RUNS[repr(config)] = trained(config)
+    return RUNS[repr(config)]
 
 
 def logged(*keys):
@@ -142,9 +152,18 @@ def places(config):
 
 def outcome(config):
     try:
-        return trained(config).trainer.step_count
+        return finished(config).trainer.step_count
     except UserError as error:
         return str(error)
+
+
+def tries(config):
+    """How many batches a run samples before it is given up."""
+    counts = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        count_calls(patch, mlx_grpo, "sample_completions", counts)
+        assert "min_ess" in outcome(config)
+    return counts["sample_completions"]
 
 
 def printed(config):
@@ -207,6 +226,7 @@ TABLE = {
     "rollout_precision": (old_policy, {"model.layers.0": 0}, ROUGH),
     "self_healing": (outcome, False, HEALING), "calm_syncs": (logged("healed"), 1, HEALING | {"max_steps": 3}),
     "min_ess": (outcome, 0.9999, ROUGH), "max_logp_gap": (outcome, 1e-3, ROUGH),
+    "max_bad_steps": (tries, 2, ROUGH | {"min_ess": 0.9999}),
     "dynamic_sampling": (logged("epoch"), True, FLAT | {"max_gen_batches": 2}),
     "max_gen_batches": (logged("dynamic_sampling/rounds"), 3, FLAT | {"dynamic_sampling": True, "max_gen_batches": 2}),
     "update_every": (sampled, 3, {"max_steps": 3, "learning_rate": 0.02}),
@@ -262,6 +282,8 @@ TABLE = {
     "logging_steps": (printed, 2, {"max_steps": 3}), "log_jsonl": (of_run(lambda run: run.files), False, {}),
     "log_token_details": (of_run(lambda run: sum("token_texts" in r for r in run.completions)), 1, {}),
     "save_steps": (of_run(lambda run: run.files), 1, {"max_steps": 2}),
+    "save_total_limit": (of_run(lambda run: run.files), 1, {"max_steps": 4, "save_steps": 1}),
+    "save_best": (of_run(lambda run: run.files), "reward", {"max_steps": 2}),
     "eval_steps": (of_run(lambda run: [m["step"] for m in run.metrics if "eval/exact_match" in m]), 2,
                    EVAL | {"max_steps": 3}),
     "eval_samples": (of_run(lambda run: run.evaluated), 2, EVAL),
@@ -296,4 +318,6 @@ def test_the_option_changes_something_that_can_be_seen(name, files):
 def test_a_run_that_is_repeated_gives_the_same(name):
     """So what differs above differs because of the option."""
     look, _, shared = TABLE[name]
-    assert look(make_config(**shared)) == look(make_config(**shared))
+    first = look(make_config(**shared))
+    RUNS.clear()
+    assert look(make_config(**shared)) == first

@@ -12,6 +12,7 @@ setting under the names that the architecture declares; it looks at the classes,
 
 import copy
 import difflib
+import functools
 import importlib
 import inspect
 import math
@@ -173,6 +174,7 @@ def uses(config, field):
     return any(re.search(rf"\.{field}\b", source) for source in sources)
 
 
+@functools.cache
 def supported_architectures():
     """Sorted model types that mlx-lm can build here, aliases included."""
     import mlx_lm.models
