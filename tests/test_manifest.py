@@ -42,11 +42,11 @@ def test_the_manifest_lists_every_other_file_as_sha256sum_would(checkpoint):
     assert check_manifest(checkpoint) is None and check_manifest(checkpoint, quick=True) is None
 
 
-def test_every_length_that_a_file_can_be_cut_to_is_told_by_its_size_alone(checkpoint):
+def test_a_file_cut_to_any_length_is_told_by_its_size_alone(checkpoint):
     tried = 0
     for name in names(checkpoint):
         data = (checkpoint / name).read_bytes()
-        cuts = range(len(data)) if len(data) < 3000 else [*range(64), *range(64, len(data), 97), len(data) - 1]
+        cuts = sorted({*range(16), *range(16, len(data), 11), len(data) - 1} & set(range(len(data))))
         for length in cuts:
             (checkpoint / name).write_bytes(data[:length])
             assert check_manifest(checkpoint, quick=True) is not None, (name, length)
@@ -54,7 +54,7 @@ def test_every_length_that_a_file_can_be_cut_to_is_told_by_its_size_alone(checkp
         (checkpoint / name).write_bytes(data + b"\0")
         assert check_manifest(checkpoint, quick=True) is not None, name
         (checkpoint / name).write_bytes(data)
-    assert tried > 500 and check_manifest(checkpoint) is None
+    assert tried > 200 and check_manifest(checkpoint) is None
 
 
 @pytest.mark.parametrize("flips", [100, pytest.param(10_000, marks=pytest.mark.soak)])
@@ -73,13 +73,14 @@ def test_random_byte_flips_of_each_file_are_told(checkpoint, flips):
     assert check_manifest(checkpoint) is None
 
 
-def test_every_single_bit_of_the_manifest_itself_counts(checkpoint):
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.soak)])
+def test_every_single_bit_of_the_manifest_itself_counts(checkpoint, every):
     path = checkpoint / "manifest.json"
     data = path.read_bytes()
-    for place in range(len(data)):
-        for bit in range(8):
-            path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1:])
-            assert check_manifest(checkpoint), (place, bit)
+    for n in range(0, 8 * len(data), every):           # 5 and 8 have no common factor: every bit of some byte
+        place, bit = divmod(n, 8)
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1:])
+        assert check_manifest(checkpoint), (place, bit)
 
 
 def test_lost_and_added_files_are_told_and_notes_and_hidden_files_are_not(checkpoint):
