@@ -167,7 +167,7 @@ def test_a_response_prefix_is_seen_by_rewards_and_not_trained(demo):
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.8, "top_k": 20}, {"min_p": 0.05, "repetition_penalty": 1.1}], ids=str)
 def test_training_on_truncated_rollouts_reports_no_gap_when_fresh(tmp_path, cut):
-    first, second = steps(make_trainer(tmp_path, replace(CONFIG, update_every=2, learning_rate=1e-3, **cut)), 2)
+    first, second = steps(make_trainer(tmp_path, replace(CONFIG, update_every=2, learning_rate=1e-3, temperature=1.5, num_generations=8, **cut)), 2)
     assert first["sampling/sampling_logp_difference/max"] < 1e-4
     assert first["sampling/effective_sample_size"] == pytest.approx(1, abs=1e-4)
     assert second["sampling/sampling_logp_difference/max"] > 1e-3
