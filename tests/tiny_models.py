@@ -35,7 +35,7 @@ def tiny_qwen2(directory, seed=0, chat_template=CHATML, **changes):
     model = Model(ModelArgs.from_dict(config))
     keys = iter(mx.random.split(mx.random.key(seed), 200))
     model.update(tree_map_with_path(lambda name, a: mx.random.normal(a.shape, key=next(keys)) * 0.2
-                                    if a.ndim > 1 else a,
+                                    if a.ndim > 1 or name.endswith("bias") else a,      # mlx draws biases by the clock
                                     model.parameters()))
     save_model(directory, model)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
