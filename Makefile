@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=          # where torch's wheels come from; on Linux https://download.pytorch.org/whl/cpu is the small build
+JOBS ?= 2               # test processes; each computes on one thread
 SLOW = parity or seeds or soak or browser or vision
 PIP = $(VENV)/bin/python -m pip install -q -c constraints.txt $(if $(strip $(TORCH_INDEX)),--extra-index-url $(strip $(TORCH_INDEX)))
 
@@ -10,13 +11,13 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python mlx_grpo.py --config configs/demo.toml
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -q -m "not ($(SLOW))"
+	$(VENV)/bin/python -m pytest -q -n $(strip $(JOBS)) --dist loadfile -m "not ($(SLOW))"
 
 test-group: $(VENV)/.installed-test    # make test-group GROUP=parity
-	$(VENV)/bin/python -m pytest -q -m "$(GROUP)"
+	$(VENV)/bin/python -m pytest -q -n $(strip $(JOBS)) --dist loadfile -m "$(GROUP)"
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-vision
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n $(strip $(JOBS)) --dist loadfile
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
