@@ -48,7 +48,8 @@ def run_demo(variant, directory, **models):
     for text in [f"output_dir={directory}", "run_name=run", *variant.sets(**models)]:
         command += ["--set", text]
     started = time.perf_counter()
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if found.returncode:
         raise UserError(f"{variant.name}: {' '.join(command)} ended with {found.returncode}:\n{found.stderr.strip()}")
     seconds, run_dir = time.perf_counter() - started, Path(directory) / "run"
@@ -73,8 +74,8 @@ def where():
     """One line: machine and versions."""
     v = versions()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (f"{platform.system()} {platform.machine()}, {cores} cores shared with other work, so that times are rough; MLX "
-            f"{v['mlx']} on the CPU in float32, mlx-lm {v['mlx-lm']}, Python {v['python']}")
+    return (f"{platform.system()} {platform.machine()}, {cores} cores shared with other work, so that times are rough; "
+            f"MLX {v['mlx']} on the CPU in float32, mlx-lm {v['mlx-lm']}, Python {v['python']}")
 
 
 def write_table(file, marker, lines):
@@ -89,6 +90,7 @@ def write_table(file, marker, lines):
 
 def table_rows(file, marker):
     """{first cell: row} of the table between the markers."""
-    block = Path(file).read_text(encoding="utf-8").partition(f"<!-- {marker} -->")[2].partition(f"<!-- /{marker} -->")[0]
+    text = Path(file).read_text(encoding="utf-8")
+    block = text.partition(f"<!-- {marker} -->")[2].partition(f"<!-- /{marker} -->")[0]
     rows = [line for line in block.splitlines() if line.startswith("| ")][1:]
     return {row.split(" | ")[0].removeprefix("| "): row for row in rows}

@@ -1,8 +1,8 @@
 """
 The demo with every objective: exact match and completion lengths before and after the same number of steps.
 
-    python benchmarks/objectives.py                              # all, about a minute each; the table of docs/algorithms.md
-    python benchmarks/objectives.py --only "RLOO" "GSPO"         # these again, into their rows
+    python benchmarks/objectives.py                           # all, a minute each; the table of docs/algorithms.md
+    python benchmarks/objectives.py --only "RLOO" "GSPO"      # these again, into their rows
 
 Every run is configs/demo.toml with the options of its row, and nothing else: same model, seed, problems and steps. The
 teacher of the distillation is the checkpoint of the first run.
@@ -37,7 +37,7 @@ VARIANTS = [
 
 
 def run_variant(variant, directory, teacher=None):
-    """run_demo's figures. teacher: a checkpoint to distil from; made by the first variant where it is needed and None."""
+    """run_demo's figures. teacher: a checkpoint to distil from; made here where it is needed and None."""
     if "teacher_model" in variant.options and teacher is None:
         teacher = run_demo(VARIANTS[0], Path(directory) / "teacher")["checkpoint"]
     return run_demo(variant, directory, teacher=teacher)
@@ -46,7 +46,8 @@ def run_variant(variant, directory, teacher=None):
 def table_row(variant, found):
     options = {k: "outputs/demo-1/checkpoint-30" if v == "{teacher}" else v for k, v in variant.options.items()}
     return (f"| {variant.name} | {shown(options)} | {found['steps']} | {found['before']:.3f} | {found['at_10']:.3f} | "
-            f"{found['after']:.3f} | {found['length_before']:.1f} | {found['length_after']:.1f} | {found['seconds']:.0f} |")
+            f"{found['after']:.3f} | {found['length_before']:.1f} | {found['length_after']:.1f} | "
+            f"{found['seconds']:.0f} |")
 
 
 def main():

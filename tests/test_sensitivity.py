@@ -24,7 +24,8 @@ def answered():
 
 def log_softmax(logits):
     logits = logits.astype(np.float64)
-    return logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def test_the_damage_of_a_part_is_numpy_s_kl_of_a_model_whose_part_alone_is_quantised(answered):
@@ -68,7 +69,7 @@ def test_blocks_come_in_their_order_beyond_nine():
 def test_an_outlier_in_one_block_is_found_and_the_written_option_mends_it(tmp_path, capsys, monkeypatch):
     model, tokenizer = load_model(DEMO)
     for _, module in model.layers[2].named_modules():
-        if isinstance(module, nn.Linear):                                      # one large weight in each group: a coarse scale
+        if isinstance(module, nn.Linear):                    # one large weight in each group: a coarse scale
             weight = np.array(module.weight)
             size = 4 * np.abs(weight).max()
             weight[::2, ::64] += size
@@ -108,10 +109,10 @@ def test_what_the_user_can_mend_is_told(arguments, text):
 
 
 def test_prompts_are_lines_or_rows_and_never_none(tmp_path):
-    for name, content in (("a.txt", "one\n\ntwo\n"), ("a.jsonl", '{"prompt": "one"}\n{"question": "two", "answer": "2"}\n')):
+    for name, content in (("a.txt", "one\n\ntwo\n"), ("a.jsonl", '{"prompt": "one"}\n{"question": "two", "x": 2}\n')):
         (tmp_path / name).write_text(content)
         assert sensitivity.read_prompts(tmp_path / name) == ["one", "two"]
-    for name, content, text in (("b.txt", "\n", "holds no prompts"), ("b.jsonl", '{"text": "one"}\n', "b.jsonl:1: needs one")):
+    for name, content, text in (("b.txt", "\n", "holds no prompts"), ("b.jsonl", '{"text": "one"}\n', "b.jsonl:1: needs")):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=text):
             sensitivity.read_prompts(tmp_path / name)

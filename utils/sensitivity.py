@@ -117,7 +117,8 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory or hub id of a model that isn't quantised")
     parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 6, 8), help="rollout_bits (default: 4)")
-    parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128), help="rollout_group_size (default: 64)")
+    parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128),
+                        help="rollout_group_size (default: 64)")
     parser.add_argument("--prompts", default=PROMPTS, help=f"a prompt a line, or .jsonl (default: {PROMPTS})")
     parser.add_argument("--num-prompts", type=int, default=8, help="use the first so many (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer (default: 64)")
@@ -133,7 +134,8 @@ def parse(arguments=None):
     if 0 < options.keep_bits <= options.bits:
         raise UserError(f"--keep-bits {options.keep_bits} is no more than --bits {options.bits}; give more, or 0")
     if options.output and not Path(options.output).absolute().parent.is_dir():
-        raise UserError(f"--output {options.output}: there is no directory {Path(options.output).parent}; create it first")
+        raise UserError(f"--output {options.output}: there is no directory {Path(options.output).parent}; "
+                        "create it first")
     return options
 
 
@@ -151,7 +153,8 @@ def main(arguments=None):
 
     width = max(map(len, [*parts, "everything"]))
     tokens = sum(len(ids) - start for ids, start in sequences)
-    print(f"{options.bits} bits, groups of {options.group_size}, {tokens} tokens in {len(sequences)} answers; nats a token\n")
+    print(f"{options.bits} bits, groups of {options.group_size}, {tokens} tokens in {len(sequences)} answers; "
+          "nats a token\n")
     print(f"{'quantised alone':{max(width, 15)}}  mean KL")
     for part in sorted(parts, key=damage.get, reverse=True):
         print(f"{part:{max(width, 15)}}  {damage[part]:.6f}{'  *' if damage[part] > options.threshold else ''}")
