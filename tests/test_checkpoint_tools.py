@@ -93,7 +93,7 @@ def test_latest_takes_the_newest_valid_one_and_tells_what_it_passed_over(run, ca
     (run / "checkpoint-30/manifest.json").unlink()
     code, out, told = call(capsys, "latest", run)
     assert (code, out.strip()) == (0, str(run / "checkpoint-20"))
-    assert "checkpoint-40" in told and "SHA-256" in told
+    assert "checkpoint-40: model.safetensors was changed" in told and "checkpoint-30: no manifest.json" in told
     assert json.loads(call(capsys, "latest", run, "--json")[1])["path"] == str(run / "checkpoint-20")
 
 
@@ -248,8 +248,10 @@ def test_what_writing_left_unfinished_is_listed_with_its_reason_and_never_found(
         "marked": "marked unfinished: its saving was interrupted", "headless": "no weights/metadata.json",
         "iter_0000007": "no metadata.json", "no_config": "weights, but no config.json"}
     assert checkpoints.find_checkpoints(tmp_path) == []
-    with pytest.raises(UserError, match="headless is no complete checkpoint: no weights/metadata.json"):
-        checkpoints.main(["verify", str(tmp_path / "headless")])
+    for name, info in infos.items():
+        assert call(capsys, "verify", tmp_path / name)[:2] == (1, f"wrong: {info['why']}\n")
+        with pytest.raises(UserError, match=f"{name} is no complete checkpoint: {info['why']}"):
+            checkpoints.main(["backup", str(tmp_path / name)])
 
 
 def test_a_quantised_model_counts_its_weights_not_its_words(tmp_path):
@@ -263,6 +265,59 @@ def test_a_quantised_model_counts_its_weights_not_its_words(tmp_path):
     convert(str(tmp_path / "hf"), str(tmp_path / "q4"), quantize=True, q_bits=4, q_group_size=32)
     found = checkpoints.describe(checkpoints.checkpoint_at(tmp_path / "q4"))
     assert found.valid and found.parameters == get_total_parameters(load_model(tmp_path / "q4")[0])
+
+
+def test_an_early_mlx_model_is_read_and_one_that_lies_about_its_size_is_not(tmp_path, capsys):
+    for name, change in (("a", 0), ("b", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        np.savez(tmp_path / name / "weights.npz", x=np.arange(12.0).reshape(3, 4) + change, y=np.ones(5, "float16"))
+    infos = json.loads(call(capsys, "list", tmp_path, "--json")[1])
+    assert [(one["parameters"], one["valid"]) for one in infos] == [(17, True)] * 2
+    assert [one["largest"] for one in json.loads(call(capsys, "diff", tmp_path / "a", tmp_path / "b", "--json")[1])["changed"]] == [3]
+    data = (tmp_path / "a/weights.npz").read_bytes()
+    (tmp_path / "a/weights.npz").write_bytes(data.replace(b"(3, 4)", b"(3, 9)"))
+    assert "x.npy" in call(capsys, "verify", tmp_path / "a")[1]
+    (tmp_path / "a/weights.npz").write_bytes(data.replace(np.arange(12.0).tobytes(), np.arange(1.0, 13.0).tobytes()))
+    assert "Bad CRC-32" in call(capsys, "verify", tmp_path / "a")[1]
+    np.savez(tmp_path / "a/weights.npz", x=np.array([print], dtype=object))
+    assert "of Python objects" in call(capsys, "verify", tmp_path / "a")[1]
+
+
+@pytest.mark.parametrize("flips", [20, pytest.param(500, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("name", ["hf", "sharded", "bin", "m.nemo", "nemo2", "bridge/iter_0000000"])
+def test_flipped_bytes_in_headers_and_indexes_end_in_one_line_never_in_a_traceback(mixed, tmp_path, capsys, name, flips):
+    chance, copy = random.Random(name), tmp_path / Path(name).name
+    shutil.copytree(mixed / name, copy) if (mixed / name).is_dir() else shutil.copyfile(mixed / name, copy)
+    files = [copy] if copy.is_file() else sorted(p for p in copy.rglob("*") if p.is_file() and "tokenizer" not in p.name)
+    for _ in range(flips):
+        file = chance.choice(files)
+        data = file.read_bytes()
+        if data:
+            flip(file, chance.randrange(min(len(data), 2000)))
+        call(capsys, "list", tmp_path, "--json")
+        if checkpoints.checkpoint_at(copy):
+            checkpoints.verify(checkpoints.checkpoint_at(copy))
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../a"}}'])
+def test_an_index_that_is_none_is_told(mixed, tmp_path, capsys, text):
+    shutil.copytree(mixed / "sharded", tmp_path / "m")
+    (tmp_path / "m/model.safetensors.index.json").write_text(text)
+    assert "index.json" in json.loads(call(capsys, "list", tmp_path, "--json")[1])[0]["why"]
+
+
+def test_without_torch_nemo_is_listed_as_not_looked_into_and_the_rest_as_ever(mixed, capsys, monkeypatch):
+    import importlib.util
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torch" else real(name, *a))
+    infos = {one["name"]: one for one in json.loads(call(capsys, "list", mixed, "--json")[1])}
+    assert {name: one["valid"] for name, one in infos.items()} == {
+        "hf": True, "sharded": True, "bin": None, "m.nemo": None, "nemo2": None, "iter_0000000": None}
+    assert "needs torch" in infos["m.nemo"]["why"] and infos["m.nemo"]["bytes"] > 0
+    with pytest.raises(UserError, match="needs torch"):
+        checkpoints.main(["verify", str(mixed / "m.nemo")])
 
 
 # ---- backup ----

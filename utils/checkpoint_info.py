@@ -47,7 +47,7 @@ def describe(found):
     except (UserError, OSError) as error:
         valid, why = None if isinstance(error, NeedsTorch) else False, str(error)
     link = str(found.path.readlink()) if found.path.is_symlink() else None
-    return Info(str(found.path), found.path.name, found.format, size_of(found.path), parameters, step_of(found),
+    return Info(str(found.path), found.path.name or found.path.resolve().name, found.format, size_of(found.path), parameters, step_of(found),
                 datetime.fromtimestamp(found.time).isoformat(timespec="seconds"), valid, why, link)
 
 

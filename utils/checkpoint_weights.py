@@ -9,6 +9,7 @@ safetensors are read with NumPy alone; NeMo's and PyTorch's files need torch, an
 import importlib.util
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,11 @@ def open_weights(found):
     if found.format == "mlx" and (path / "adapters.safetensors").is_file():
         return SafetensorsWeights([path / "adapters.safetensors"])
     if found.format in ("mlx", "hf") and any(path.glob("model*.safetensors")):
+        index = path / "model.safetensors.index.json"
+        listed = read_index(index) if index.is_file() else set()
         check_files(path)
         weights = SafetensorsWeights(sorted(path.glob("model*.safetensors")))
-        index = path / "model.safetensors.index.json"
-        lost = sorted(set(read_json(index)["weight_map"]) - set(weights.tensors)) if index.is_file() else []
+        lost = sorted(listed - set(weights.tensors))
         if lost:
             raise UserError(f"{lost[0]} is listed in {index.name} but in no file ({len(lost)} missing)")
         return weights
@@ -86,23 +88,54 @@ class SafetensorsWeights:
 
 
 class NpzWeights:
-    """weights.npz, as early MLX models have it. Pickled members are refused by NumPy."""
+    """weights.npz, as early MLX models have it: stored arrays, whose headers have to fit the file."""
 
     def __init__(self, path):
-        import zipfile
+        self.path = path
         try:
-            self.file = np.load(path, allow_pickle=False)
-            arrays = ((name, self.file[name]) for name in self.file.files)
-            self.tensors = {name: (torch_like(array.dtype.name), array.shape) for name, array in arrays}
-        except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-            raise UserError(f"{path}: can't be read: {error}") from error
+            self.zip = zipfile.ZipFile(path)
+            self.tensors = {info.filename.removesuffix(".npy"): self.header(info) for info in self.zip.infolist()}
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, SyntaxError) as error:
+            raise UserError(f"{path} is damaged or not an .npz file: {error}") from error
+
+    def header(self, info):
+        """(type, shape) of a member, checked against its size."""
+        with self.zip.open(info) as member:
+            shape, fortran, dtype = read_npy_header(member)
+            fits = math.prod(shape) * dtype.itemsize == info.file_size - member.tell()
+        if not fits or dtype.hasobject or info.compress_type != zipfile.ZIP_STORED or fortran and len(shape) > 1:
+            raise ValueError(f"{info.filename} is compressed, of Python objects, in Fortran's order, or of another size than "
+                             "its header says")
+        return torch_like(dtype.name), shape
 
     def pieces(self, name):
-        flat = self.file[name].reshape(-1)
-        yield from (flat[at:at + PIECE] for at in range(0, flat.size, PIECE))
+        try:
+            with self.zip.open(f"{name}.npy") as member:
+                dtype = read_npy_header(member)[2]
+                while raw := member.read(PIECE * dtype.itemsize):
+                    yield np.frombuffer(raw, dtype)
+        except (zipfile.BadZipFile, EOFError, ValueError) as error:
+            raise UserError(f"{self.path}: {name} is damaged: {error}") from error
 
     def close(self):
-        self.file.close()
+        self.zip.close()
+
+
+def read_npy_header(member):
+    """(shape, whether in Fortran's order, dtype) from the beginning of a .npy file."""
+    version = np.lib.format.read_magic(member)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if not read:
+        raise ValueError(f"an .npy file of version {version}")
+    return read(member)
+
+
+def read_index(path):
+    """The tensor names that model.safetensors.index.json lists. Raises UserError where it isn't such an index."""
+    table = read_json(path).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) and "/" not in name for name in table.values()):
+        raise UserError(f"{path} has no weight_map of bare file names")
+    return set(table)
 
 
 def nemo_store(found):
@@ -128,7 +161,8 @@ def nemo_store(found):
 def torch_like(name):
     """"float32" -> "F32", "bfloat16" -> "BF16", "int64" -> "I64": a dtype's name as safetensors spells it."""
     bits = "".join(c for c in name if c.isdigit())
-    return {"bool": "BOOL", "bfloat16": "BF16"}.get(name, name[0].upper() + bits)
+    special = {"bool": "BOOL", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+    return special.get(name) or name[0].upper() + bits
 
 
 class TorchWeights:
@@ -188,8 +222,9 @@ def count_parameters(found, tensors):
         layer, _, leaf = name.rpartition(".")
         if layer in quantised and leaf == "weight":
             own = table.get(layer) if isinstance(table, dict) else None
-            bits = (own if isinstance(own, dict) else table or {}).get("bits")
-            if bits not in (2, 3, 4, 5, 6, 8):
+            settings = own if isinstance(own, dict) else table
+            bits = settings.get("bits") if isinstance(settings, dict) else None
+            if type(bits) is not int or not 2 <= bits <= 8:
                 return None
             total += math.prod(shape) * 32 // bits
         elif layer not in quantised or leaf not in ("scales", "biases"):

@@ -23,7 +23,8 @@ from datetime import datetime                                  # noqa: E402
 from mlx_grpo import UserError, run_command                    # noqa: E402
 from mlx_grpo import checkpoint_diff, checkpoint_prune         # noqa: E402
 from mlx_grpo.checkpoint_backup import backup, found_at        # noqa: E402
-from mlx_grpo.checkpoint_find import Found, checkpoint_at, find_checkpoints, latest      # noqa: E402, F401
+from mlx_grpo.checkpoint_find import (                         # noqa: E402, F401
+    Found, checkpoint_at, entries, find_checkpoints, latest, why_incomplete)
 from mlx_grpo.checkpoint_info import as_json, describe, fault, list_all, table, verify   # noqa: E402
 from mlx_grpo.files import human_bytes                         # noqa: E402
 
@@ -72,6 +73,9 @@ def latest_command(arguments):
             print(f"passed over {found.path}: {why}", file=sys.stderr)
         return why
 
+    for path, found in entries(arguments.directory):
+        if not found and (why := why_incomplete(path)):
+            print(f"passed over {path}: {why}", file=sys.stderr)
     found = latest(arguments.directory, why_not)
     print(json.dumps(as_json(describe(found)), indent=2) if arguments.json else found.path)
 
@@ -85,7 +89,11 @@ def backup_command(arguments):
 
 
 def verify_command(arguments):
-    found = found_at(arguments.path)
+    path = Path(arguments.path)
+    if path.exists() and not checkpoint_at(path) and (why := why_incomplete(path)):
+        print(f"wrong: {why}")
+        return 1
+    found = found_at(path)
     faults, looked = verify(found)
     print("\n".join(f"looked at {line}" for line in looked))
     print("\n".join(f"wrong: {line}" for line in faults) or f"{found.path} is whole")
