@@ -241,8 +241,7 @@ def test_a_users_reward_runs_from_their_directory_and_its_error_ends_the_run_in_
     (tmp_path / "mine.py").write_text("def brevity(completions, **kwargs):\n"
                                       "    return [-len(c[0]['content']) / 10 for c in completions]\n"
                                       "def broken(completions):\n    return 1 / 0\n")
-    good = process(*options(model, "out", rewards=["mine.py:brevity"], eval_samples=0), cwd=tmp_path)
-    assert good.returncode == 0, good.stderr
+    assert main(options(model, "out", rewards=["mine.py:brevity"], eval_samples=0)) == 0
     metrics = read_metrics(tmp_path / "out" / "run")
     assert all(m["rewards/brevity/mean"] < 0 and m["reward_std"] > 0 for m in metrics if m["step"])
     bad = process(*options(model, "out2", rewards=["mine.py:broken"], eval_samples=0), cwd=tmp_path)
