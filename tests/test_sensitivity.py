@@ -39,7 +39,7 @@ def test_the_damage_of_a_part_is_numpy_s_kl_of_a_model_whose_part_alone_is_quant
             p, q = (log_softmax(np.array(m(mx.array([ids]))[0, start - 1:-1])) for m in (model, other))
             kls.append((np.exp(p) * (p - q)).sum(-1))
         measured = copy_kl({}) if part == "everything" else damage[part]
-        assert measured == pytest.approx(np.concatenate(kls).mean(), rel=1e-2, abs=1e-7) and measured > 1e-6
+        assert measured == pytest.approx(np.concatenate(kls).mean(), rel=2e-3, abs=1e-7) and measured > 1e-6
 
 
 def test_the_parts_are_the_blocks_and_what_lies_outside_and_the_model_stays_as_it_was(answered):
