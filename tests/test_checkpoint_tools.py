@@ -112,9 +112,9 @@ def test_whichever_file_of_a_run_is_lost_or_cut_it_is_never_found(run):
 def test_a_backup_below_the_directory_is_not_taken_for_the_newest(run, capsys):
     for link in ("checkpoint-last", "checkpoint-best"):
         (run / link).unlink()
-    for copy in ("a", "zz"):
-        checkpoint_backup.backup(run / "checkpoint-40", run / copy)
-    assert call(capsys, "latest", run)[1].strip() == str(run / "checkpoint-40")
+    for copy in ("0/backups", "a/backups", "zz/backups"):
+        checkpoint_backup.backup(run / "checkpoint-40", run.parent / copy)
+    assert call(capsys, "latest", run.parent)[1].strip() == str(run / "checkpoint-40")
 
 
 def test_a_checkpoint_that_the_trainer_saves_is_listed_verified_backed_up_and_compared(tmp_path, capsys):
@@ -284,7 +284,7 @@ def test_an_early_mlx_model_is_read_and_one_that_lies_about_its_size_is_not(tmp_
     assert "of Python objects" in call(capsys, "verify", tmp_path / "a")[1]
 
 
-@pytest.mark.parametrize("flips", [20, pytest.param(500, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("flips", [20, pytest.param(200, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", ["hf", "sharded", "bin", "m.nemo", "nemo2", "bridge/iter_0000000"])
 def test_flipped_bytes_in_headers_and_indexes_end_in_one_line_never_in_a_traceback(mixed, tmp_path, capsys, name, flips):
     chance, copy = random.Random(name), tmp_path / Path(name).name
@@ -410,6 +410,31 @@ def test_a_full_disk_is_told_and_nothing_is_left(mixed, tmp_path, monkeypatch):
         checkpoint_backup.backup(mixed / "hf", tmp_path / "b", "z")
 
 
+def test_a_file_that_changes_while_it_is_copied_is_refused(mixed, tmp_path, monkeypatch):
+    shutil.copyfile(mixed / "m.nemo", tmp_path / "m.nemo")
+    copystat = shutil.copystat
+
+    def and_write(source, target):
+        copystat(source, target)
+        os.utime(tmp_path / "m.nemo")
+
+    monkeypatch.setattr(checkpoint_backup.shutil, "copystat", and_write)
+    with pytest.raises(UserError, match="changed while it was copied"):
+        checkpoint_backup.backup(tmp_path / "m.nemo", tmp_path / "b")
+    assert names(tmp_path / "b") == []
+
+
+def test_a_backup_that_is_killed_is_listed_as_left_over_and_never_found(mixed, tmp_path, capsys):
+    program = ("import os, sys; from mlx_grpo import checkpoint_backup as b; b.sha256 = lambda _: os.kill(os.getpid(), 9); "
+               "b.backup(sys.argv[1], sys.argv[2], 'x')")
+    for source in ("hf", "m.nemo"):
+        died = subprocess.run([sys.executable, "-c", program, mixed / source, tmp_path / "b"], cwd=ROOT, timeout=60)
+        assert died.returncode == -9
+    assert len(names(tmp_path / "b")) == 2 and checkpoints.find_checkpoints(tmp_path) == []
+    why = [one["why"] for one in json.loads(call(capsys, "list", tmp_path, "--json")[1])]
+    assert why == ["left over from a save, copy or conversion that was interrupted"] * 2
+
+
 # ---- prune ----
 
 def names(directory):
@@ -424,6 +449,15 @@ def test_prune_shows_and_removes_nothing_without_yes(run, capsys):
         ["keep", "checkpoint-40"], ["keep", "checkpoint-30"], ["remove", "checkpoint-20"], ["remove", "checkpoint-10"],
         ["remove", "checkpoint-best"]]
     assert "nothing was removed; add --yes" in out
+
+
+def test_prune_promises_only_the_bytes_that_come_free(run, tmp_path, capsys):
+    from mlx_grpo.checkpoint_prune import plan
+    alone = plan(run, 3).bytes
+    assert alone == sum(len(data) for data in contents(run / "checkpoint-10").values())
+    checkpoint_backup.backup(run / "checkpoint-10", tmp_path / "b")              # shares the weights
+    linked = sum(len(data) for name, data in contents(run / "checkpoint-10").items() if name.endswith(".safetensors"))
+    assert plan(run, 3).bytes == alone - linked
 
 
 def test_prune_keeps_the_newest_and_with_keep_best_the_best(run, capsys):

@@ -76,10 +76,10 @@ def found(path, name, marker):
 def why_incomplete(path):
     """Why what lies at `path`, which checkpoint_at refused, is no complete checkpoint; None where it doesn't look like
     one at all."""
+    if LEFTOVER.fullmatch(path.name) and (path.is_dir() or ".nemo." in path.name):
+        return "left over from a save, copy or conversion that was interrupted"
     if not path.is_dir() or path.name.endswith("-unfinished"):
         return None
-    if LEFTOVER.fullmatch(path.name):
-        return "left over from a save or conversion that was interrupted"
     if Path(f"{path}-unfinished").exists():
         return "marked unfinished: its saving was interrupted"
     if of_a_run(path):

@@ -118,7 +118,8 @@ def prune_command(arguments):
     if not result.removed:
         print("nothing to remove")
         return
-    what = f"{len(result.removed)} checkpoints, {human_bytes(result.bytes)}"
+    count = len(result.removed)
+    what = f"{count} checkpoint{'s' if count > 1 else ''}, {human_bytes(result.bytes)}"
     if not arguments.yes:
         if not sys.stdin.isatty():
             print(f"{what}: nothing was removed; add --yes to remove them")
