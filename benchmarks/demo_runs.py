@@ -17,8 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))   # runs from a plain clone, from any directory
 
-from mlx_grpo import UserError, read_metrics  # noqa: E402
+from mlx_grpo import MLXGRPOConfig, UserError, compute_dtype, read_metrics  # noqa: E402
 from mlx_grpo.run_files import versions  # noqa: E402
+
+import mlx.core as mx  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,11 @@ def shown(options):
 def where():
     """One line: machine and versions."""
     v = versions()
+    device = "the CPU" if mx.default_device() == mx.cpu else "Metal" if mx.metal.is_available() else "CUDA"
+    dtype = str(compute_dtype(MLXGRPOConfig())).rpartition(".")[2]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (f"{platform.system()} {platform.machine()}, {cores} cores shared with other work, so that times are rough; "
-            f"MLX {v['mlx']} on the CPU in float32, mlx-lm {v['mlx-lm']}, Python {v['python']}")
+            f"MLX {v['mlx']} on {device} in {dtype}, mlx-lm {v['mlx-lm']}, Python {v['python']}")
 
 
 def write_table(file, marker, lines):
