@@ -348,6 +348,114 @@ def test_deepseek_is_quantised_without_its_tower_and_verified(deepseek, tmp_path
     assert convert_vision_model.verify(options) and "KL" in capsys.readouterr().out
 
 
+def copied(module, arrays):
+    """A torch module in float32 with MLX weights under torch's names."""
+    module.load_state_dict({name: torch.tensor(np.array(value)) for name, value in arrays.items()})
+    return module.float().eval()
+
+
+def under(model, prefix):
+    from mlx.utils import tree_flatten
+    return {name.removeprefix(prefix): a for name, a in tree_flatten(model.parameters()) if name.startswith(prefix)}
+
+
+def torch_sam(model, pixels):
+    """DeepSeek's SAM tower, of transformers' layers: pixels (1, 3, S, S) -> (1, 1024, S/64, S/64)."""
+    from transformers.models.sam import modeling_sam as sam
+    config = sam.SamVisionConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=1, image_size=1024, mlp_dim=64,
+                                 window_size=14, global_attn_indexes=[1], layer_norm_eps=1e-6)
+    config._attn_implementation = "eager"
+    ours = under(model, "sam_model.")
+    convolve = lambda x, name, **how: torch.nn.functional.conv2d(
+        x, torch.tensor(np.array(ours[f"{name}.weight"].transpose(0, 3, 1, 2))), **how)
+    x = convolve(pixels, "patch_embed.proj", stride=16) + torch.tensor(np.array(ours["patch_embed.proj.bias"]))[:, None, None]
+    table = torch.tensor(np.array(ours["pos_embed"])).permute(0, 3, 1, 2)
+    x = x + torch.nn.functional.interpolate(table, size=x.shape[2:], mode="bicubic", antialias=True)
+    x = x.permute(0, 2, 3, 1)
+    for n, window in enumerate((14, 0)):
+        names = under(model, f"sam_model.blocks.{n}.").items()
+        layer = copied(sam.SamVisionLayer(config, window), {k.replace("norm", "layer_norm"): v for k, v in names})
+        x = layer(x)
+        x = x[0] if isinstance(x, tuple) else x
+    norm = lambda x, n: torch.nn.functional.layer_norm(
+        x.permute(0, 2, 3, 1), (256,), *(torch.tensor(np.array(ours[f"neck.{n}.{k}"])) for k in ("weight", "bias")),
+        eps=1e-6).permute(0, 3, 1, 2)
+    x = norm(convolve(x.permute(0, 3, 1, 2), "neck.0"), 1)
+    x = norm(convolve(x, "neck.2", padding=1), 3)
+    return convolve(convolve(x, "net_2", stride=2, padding=1), "net_3", stride=2, padding=1)
+
+
+def torch_clip(model, patches):
+    """DeepSeek's CLIP tower, of transformers' layers: patches (1, 1024, s, s) -> (1, 1 + s s, 1024)."""
+    from transformers.models.clip import modeling_clip as clip
+    config = clip.CLIPVisionConfig(hidden_size=1024, intermediate_size=32, num_attention_heads=16, hidden_act="quick_gelu",
+                                   layer_norm_eps=1e-5)
+    config._attn_implementation = "eager"
+    ours = {name: torch.tensor(np.array(value)) for name, value in under(model, "vision_model.").items()}
+    table = ours["embeddings.position_embedding.weight"]
+    grid = table[1:].reshape(1, 16, 16, 1024).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=patches.shape[2:], mode="bicubic", antialias=True)
+    x = torch.cat([ours["embeddings.class_embedding"].reshape(1, 1, -1), patches.flatten(2).transpose(1, 2)], 1)
+    x = x + torch.cat([table[:1][None], grid.flatten(2).transpose(1, 2)], 1)
+    x = torch.nn.functional.layer_norm(x, (1024,), ours["pre_layrnorm.weight"], ours["pre_layrnorm.bias"], eps=1e-5)
+    weights = {}
+    for name, value in under(model, "vision_model.transformer.layers.0.").items():
+        if "qkv_proj" in name:
+            weights |= {name.replace("qkv", letter): part for letter, part in zip("qkv", mx.split(value, 3))}
+        else:
+            weights[name] = value
+    x = copied(clip.CLIPEncoderLayer(config), weights)(x, None)
+    return x[0] if isinstance(x, tuple) else x
+
+
+@pytest.mark.parametrize("side", [1024, 640])       # a whole image, and a crop: the position tables are resized
+def test_deepseeks_towers_compute_what_torch_does(deepseek, side):
+    model = load_vision_model(deepseek / "mlx")[0]
+    pixels = np.random.default_rng(0).standard_normal((1, 3, side, side)).astype(np.float32)
+    with torch.no_grad():
+        sam = torch_sam(model, torch.tensor(pixels))
+        clip = torch_clip(model, sam)
+    ours = model.sam_model(mx.array(pixels.transpose(0, 2, 3, 1)))
+    for mine, theirs in ((ours.transpose(0, 3, 1, 2), sam), (model.vision_model(mx.array(pixels), ours), clip)):
+        theirs = theirs.numpy()
+        assert mine.shape == theirs.shape and np.abs(theirs).max() > 1
+        assert np.abs(np.array(mine) - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
+def test_deepseeks_experts_and_attention_compute_what_transformers_do(deepseek):
+    from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
+    from transformers.models.llama import modeling_llama as llama
+    model = load_vision_model(deepseek / "mlx")[0]
+    x = np.random.default_rng(0).standard_normal((1, 9, 64)).astype(np.float32)
+    ours = under(model, "language_model.model.layers.1.mlp.")
+    packed = {"experts.gate_up_proj": mx.concatenate([ours["switch_mlp.gate_proj.weight"], ours["switch_mlp.up_proj.weight"]],
+                                                     axis=1), "experts.down_proj": ours["switch_mlp.down_proj.weight"]}
+    config = v2.DeepseekV2Config(hidden_size=64, moe_intermediate_size=64, n_routed_experts=4, n_shared_experts=2,
+                                 num_experts_per_tok=2, topk_method="greedy", routed_scaling_factor=1.0, hidden_act="silu")
+    config._experts_implementation = "eager"
+    experts = copied(v2.DeepseekV2Moe(config), packed | {k: v for k, v in ours.items() if "switch_mlp" not in k})
+    flat = llama.LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=4,
+                             rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    flat._attn_implementation = "eager"
+    layer = copied(llama.LlamaDecoderLayer(flat, 0), under(model, "language_model.model.layers.0."))
+    places = torch.arange(9)[None]
+    with torch.no_grad():
+        angles = llama.LlamaRotaryEmbedding(flat)(torch.tensor(x), places)
+        causal = torch.full((9, 9), float("-inf")).triu(1)[None, None]
+        dense = layer(torch.tensor(x), attention_mask=causal, position_ids=places, position_embeddings=angles)
+        theirs = [experts(torch.tensor(x)), dense[0] if isinstance(dense, tuple) else dense]
+    layers = model.language_model.model.layers
+    for mine, reference in zip([layers[1].mlp(mx.array(x)), layers[0](mx.array(x), mask="causal")], theirs):
+        assert np.abs(np.array(mine) - reference.numpy()).max() < 1e-4
+
+
+def test_deepseeks_prompt_is_start_images_newline_instruction(deepseek):
+    session = greedy(deepseek / "mlx")
+    inputs = make_inputs("deepseekocr", session.processor, [user_message(" Free OCR. ")], [open_image(deepseek / "0.png")])
+    ids = inputs["input_ids"][0].tolist()
+    assert ids[0] == 0 and set(ids[1:274]) == {4} and session.tokenizer.decode(ids[274:]) == "\nFree OCR."
+
+
 # ---- the documents ---------------------------------------------------------------------------------------------------
 
 def section(name):

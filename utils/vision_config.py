@@ -9,6 +9,7 @@ deepseek_vl_v2, which in mlx-vlm is another model.
 import copy
 
 from mlx_grpo import UserError
+from mlx_grpo.vision_deepseek import CLIP_NORM_EPS
 
 ACTIVATIONS = {     # family: (activation of the text part, of the vision tower), as mlx-vlm has them built in
     "qwen2_vl": ("silu", "quick_gelu"),
@@ -60,6 +61,7 @@ def normalize_vision_config(config):
         if not isinstance(config["language_config"], dict) or not isinstance(config.get("vision_config"), dict):
             raise UserError("config.json of a DeepSeek-OCR model needs language_config and vision_config; use the one "
                             "that its authors published")
+        config["vision_config"].setdefault("layer_norm_eps", CLIP_NORM_EPS)
         check_activations(family, config["language_config"], config["vision_config"])
         return config
     vision = config.setdefault("vision_config", {})

@@ -16,6 +16,7 @@ from mlx_grpo.checked_load import KeyReport, check_files, read_json
 from mlx_grpo.files import check_free_space
 from mlx_grpo.hub_files import PATTERNS, hub_trouble
 from mlx_grpo.vision_config import family_of, import_mlx_vlm, normalize_vision_config
+from mlx_grpo.vision_deepseek import as_published
 
 PROCESSORS = {      # family: (module of mlx_vlm.models, class)
     "qwen2_vl": ("qwen2_vl.processing_qwen2_vl", "Qwen2VLProcessor"),
@@ -75,7 +76,7 @@ def load_vision_model(path, lazy=False):
     quantize_as_stored(model, config.get("quantization"), weights)
     report = install_weights(path, family, model, weights)
     if family == "deepseekocr":
-        model.__class__ = several_images(architecture.Model)
+        as_published(model)
     if not lazy:
         mx.eval(model.parameters())
     model.eval()
@@ -117,30 +118,6 @@ def install_weights(path, family, model, weights):
         raise UserError(f"{path}: no weights for {', '.join(missing[:4])}{more}; {remedy}")
     model.load_weights([(name, weights[name]) for name in weights if name in current], strict=False)
     return report
-
-
-def several_images(Model):
-    """mlx-vlm's DeepSeek-OCR, whose prompts may hold more than one image: each is embedded by itself."""
-    class SeveralImages(Model):
-        def get_input_embeddings(self, input_ids=None, pixel_values=None, images_spatial_crop=None,
-                                 images_seq_mask=None, spans=(), **rest):
-            """pixel_values: [crops of all images (C, 3, H, W), whole images (N, 3, H, W)]; spans: (begin, end) of each
-            image's tokens in the row."""
-            whole = super().get_input_embeddings(input_ids)
-            taken, embeddings = 0, whole.inputs_embeds                                      # (1, L, D)
-            places = mx.arange(input_ids.shape[1])[None]
-            for n, (begin, end) in enumerate(spans):
-                shape = images_spatial_crop[n].tolist()
-                crops = int(shape[0] * shape[1]) if max(shape) > 1 else 0
-                mask = (places >= begin) & (places < end)                                   # (1, L)
-                pixels = [p.astype(embeddings.dtype) for p in
-                          (pixel_values[0][taken:taken + crops], pixel_values[1][n:n + 1])]
-                taken += crops
-                one = super().get_input_embeddings(input_ids, pixels, images_spatial_crop[n:n + 1], mask)
-                embeddings = mx.where(mask[..., None], one.inputs_embeds, embeddings)
-            whole.inputs_embeds = embeddings
-            return whole
-    return SeveralImages
 
 
 def load_processor(path, family, tokenizer):
