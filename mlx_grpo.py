@@ -1406,11 +1406,26 @@ class SplitModel:
         self.model = model
         self.name = next((n for n in self.TRUNKS if isinstance(model.get(n), nn.Module)), None)
         probe = mx.array([[0, 1, 2]])
-        if self.name and not mx.array_equal(self.head(self.trunk(probe)), model(probe)).item():
+        logits = model(probe)
+        self.vocab_size = logits.shape[-1]
+        if self.name and not mx.array_equal(self.head(self.trunk(probe)), logits).item():
             self.name = None
 
     def trunk(self, tokens):
         return self.model[self.name](tokens) if self.name else self.model(tokens)
+
+    def head_weights(self):
+        """The trained weights that the head uses: those outside of the trunk, or, where there are none at all, the trunk's
+        embedding, to which the head is tied."""
+        if not self.name:
+            return {}
+        outside = [name for name, child in self.model.children().items() if name != self.name and tree_flatten(child)]
+        trained = self.model.trainable_parameters()
+        if outside:
+            return {name: trained[name] for name in outside if name in trained}
+        trunk = self.model[self.name]
+        return {self.name: {name: trained[self.name][name] for name, child in trunk.children().items()
+                            if isinstance(child, (nn.Embedding, nn.QuantizedEmbedding)) and name in trained.get(self.name, {})}}
 
     def head(self, hidden):
         if not self.name:
@@ -1429,38 +1444,61 @@ def penalised(logits, seen, penalty):
 
 
 def restrict(z, kept):
-    """Logits (B, T, V) with -inf outside of the kept sets (Batch.kept), or, for sets of ids, only their logits (B, T, K).
+    """Logits (n, V) with -inf outside of the kept sets (Batch.kept), or, for sets of ids, only their logits (n, K).
     Their logsumexp is the normaliser of the distribution that was sampled from."""
     if kept.dtype == mx.uint8:
         v = mx.arange(z.shape[-1])
-        inside = (kept[:, :, v // 8] >> (7 - v % 8).astype(mx.uint8)) & 1
+        inside = (kept[:, v // 8] >> (7 - v % 8).astype(mx.uint8)) & 1
         return mx.where(inside > 0, z, -mx.inf)
     inside = mx.take_along_axis(z, mx.maximum(kept, 0), axis=-1)
     return mx.where(kept >= 0, inside, -mx.inf)
+
+
+HEAD_CHUNK = 2**26      # logits that are held at once, in tokens times vocabulary: 256 MB in float32
 
 
 def completion_logprobs(split, batch, temperature, repetition_penalty=1.0, entropy_gradient=False):
     """Log-probs of the completion tokens and entropies, under the distribution that they were sampled from: at the
     sampling temperature, with the repetition penalty, renormalised over the kept sets; from one forward pass.
 
-    split: a SplitModel. Returns (logprobs, entropy), both (B, T) float32, nats; entropy carries a gradient only if asked.
-    Where mask is 0 both are those of a wrong token, or 0: mask them."""
+    Only completion positions are projected onto the vocabulary, in chunks of at most HEAD_CHUNK logits, which the
+    backward pass computes again: memory is chunk x V, not B x T x V. split: a SplitModel. Returns (logprobs, entropy),
+    both (B, T) float32, nats; entropy carries a gradient only if asked. Where mask is 0 both are those of a wrong
+    token: mask them."""
     B, T = batch.completion_ids.shape
     hidden = split.trunk(batch.tokens)                                                      # (B, S, C)
     position = batch.prompt_lengths[:, None] + mx.arange(T)                                 # of completion token t
     before = mx.minimum(position - 1, batch.tokens.shape[1] - 1)                            # where it is predicted
     hidden = mx.take_along_axis(hidden, before[:, :, None], axis=1)                         # (B, T, C)
-    z = split.head(hidden).astype(mx.float32)                                               # (B, T, V)
-    if batch.first_seen.shape[-1]:
-        z = penalised(z, batch.first_seen[:, None, :] < position[:, :, None], repetition_penalty)
+    flat = lambda x: x.reshape(B * T, *x.shape[2:])
+    rows = mx.broadcast_to(mx.arange(B)[:, None], (B, T))
+    hidden, *arrays = [flat(x) for x in (hidden, batch.completion_ids, batch.mask, batch.kept, position, rows)]
+
+    def project(start, end):
+        tokens = [x[start:end] for x in arrays]
+        of_weights = lambda weights, hidden: token_logprobs(
+            split, batch.first_seen, temperature, repetition_penalty, entropy_gradient, weights, hidden, *tokens)
+        return of_weights if end - start >= B * T else mx.checkpoint(of_weights)
+
+    chunk = max(1, HEAD_CHUNK // split.vocab_size) if split.name else B * T
+    parts = [project(i, i + chunk)(split.head_weights(), hidden[i:i + chunk]) for i in range(0, B * T, chunk)]
+    logprobs, entropy = (mx.concatenate(x).reshape(B, T) for x in zip(*parts))
+    return logprobs, entropy
+
+
+def token_logprobs(split, first_seen, temperature, penalty, entropy_gradient, weights, hidden, ids, mask, kept, position, rows):
+    """(log-probs, entropies) of n tokens, both (n,), from hidden states (n, C) and the head's weights; ids, mask, position,
+    rows: (n,); kept: (n, K)."""
+    split.model.update(weights)
+    z = split.head(hidden[None])[0].astype(mx.float32)                                      # (n, V)
+    if first_seen.shape[-1]:
+        z = penalised(z, first_seen[rows] < position[:, None], penalty)
     z = z / temperature
-    taken = mx.take_along_axis(z, batch.completion_ids[:, :, None], axis=-1)[:, :, 0]
-    if batch.kept.shape[-1]:
-        real = batch.mask[:, :, None] > 0
-        z = mx.where(real, restrict(z, batch.kept), 0)                                      # padding has no kept set
-    normaliser = mx.logsumexp(z, axis=-1)                                                   # (B, T)
-    fixed = z if entropy_gradient else mx.stop_gradient(z)
-    log_p = fixed - (normaliser if entropy_gradient else mx.stop_gradient(normaliser))[:, :, None]
+    taken = mx.take_along_axis(z, ids[:, None], axis=-1)[:, 0]
+    if kept.shape[-1]:
+        z = mx.where(mask[:, None] > 0, restrict(z, kept), 0)                               # padding has no kept set
+    normaliser = mx.logsumexp(z, axis=-1)                                                   # (n,)
+    log_p = z - normaliser[:, None] if entropy_gradient else mx.stop_gradient(z - normaliser[:, None])
     entropy = -mx.where(mx.isinf(log_p), 0, mx.exp(log_p) * mx.where(mx.isinf(log_p), 0, log_p)).sum(axis=-1)
     return taken - normaliser, entropy
 
@@ -2545,7 +2583,8 @@ def plan_command(args):
             "ref_model": size * total if config.kl_coeff else 0,
             "model_old": (bits / 8 + 4 / config.rollout_group_size) * total if bits
             else size * total if config.update_every > 1 else 0,
-            "logits of a pass": 3 * 4 * config.batch_size * config.num_generations * config.max_new_tokens * vocabulary_of(model)}
+            "logits of a pass": 3 * 4 * min(config.batch_size * config.num_generations * config.max_new_tokens * vocabulary_of(model),
+                                            HEAD_CHUNK)}
     print()
     for name, n in rows.items():
         print(f"{name:28} {n / 1e9:8.2f} GB")
