@@ -14,7 +14,7 @@ from mlx_grpo.checkpoint_find import checkpoint_at, why_incomplete
 from mlx_grpo.files import atomic_directory, check_free_space, sha256, sync_directory
 from mlx_grpo.manifest import check_manifest
 
-NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)   # another disk, or one without links
+NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)   # another disk, or no links on it
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def backup_name(path):
 
 
 def backup(path, dest="backups", name=None, links=True):
-    """Back up the checkpoint at `path` as dest/name; returns a Backup. Times are kept. Raises UserError where it isn't a
+    """Back up the checkpoint at `path` as dest/name; returns a Backup. Times are kept. Raises UserError where it is no
     whole checkpoint, the target exists or lies inside it, space is short, or the copy differs.
 
     A file is hard linked rather than copied where that is safe: the weights of a run of ours, which are only ever

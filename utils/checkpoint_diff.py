@@ -5,14 +5,14 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from mlx_grpo import UserError
-from mlx_grpo.checkpoint_weights import FLOATS, open_weights
+from mlx_grpo.checkpoint_weights import open_weights
 
 BITS_ONLY = {"U32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "C64", "F4"}     # packed or without a NumPy type: equal or not
 
 
 @dataclass(frozen=True)
 class Change:
-    """A tensor that differs. `changed` counts its elements that do; `largest` is the largest absolute difference of one,
+    """A tensor that differs. `changed` counts its elements that do; `largest` is the largest absolute difference,
     `relative` the norm of the difference over A's norm; both None where only the bits can be compared, over finite
     elements otherwise; `not_finite` counts changed elements that are NaN or infinite on either side."""
     name: str
@@ -39,14 +39,15 @@ class Difference:
 
 
 def diff(a, b):
-    """The Difference between the weights of two Founds (the adapters, of a run that trains those). Reads both once, piece
-    by piece. Raises UserError where one can't be read, or they share no name."""
+    """The Difference between the weights of two Founds (the adapters, of a run that trains those). Reads both once, in
+    pieces. Raises UserError where one can't be read, or they share no name."""
     first, second = open_weights(a), open_weights(b)
     try:
         shared = [name for name in first.tensors if name in second.tensors]
         if not shared:
-            raise UserError(f"{a.path} and {b.path} have no tensor name in common ({next(iter(first.tensors), 'none')}, "
-                            f"{next(iter(second.tensors), 'none')}); only checkpoints of one format and model compare")
+            names = [next(iter(weights.tensors), "none") for weights in (first, second)]
+            raise UserError(f"{a.path} and {b.path} have no tensor name in common ({', '.join(names)}); "
+                            "only checkpoints of one format and model compare")
         reshaped = [[name, list(first.tensors[name][1]), list(second.tensors[name][1])] for name in shared
                     if first.tensors[name][1] != second.tensors[name][1]]
         skipped = {name for name, _, _ in reshaped}
@@ -56,8 +57,8 @@ def diff(a, b):
         second.close()
     changed = [one for one in results if one]
     changed.sort(key=lambda one: (one.not_finite, one.relative or 0, one.changed), reverse=True)
-    return Difference(sorted(set(first.tensors) - set(second.tensors)), sorted(set(second.tensors) - set(first.tensors)),
-                      reshaped, changed, len(results) - len(changed))
+    only_in_a, only_in_b = set(first.tensors) - set(second.tensors), set(second.tensors) - set(first.tensors)
+    return Difference(sorted(only_in_a), sorted(only_in_b), reshaped, changed, len(results) - len(changed))
 
 
 def compare(name, first, second):
@@ -82,7 +83,8 @@ def compare(name, first, second):
     if not changed and kind == other:
         return None
     relative = None if not numbers else (of_difference / of_a) ** 0.5 if of_a else None
-    return Change(name, list(shape), [kind, other], elements, changed, largest if numbers else None, relative, not_finite)
+    return Change(name, list(shape), [kind, other], elements, changed, largest if numbers else None, relative,
+                  not_finite)
 
 
 def aligned(first, second):

@@ -46,8 +46,8 @@ class Found:
 
 
 def of_a_run(path):
-    """Whether `path` is, or was to be, a checkpoint of our own trainer, whichever of its files is lost (transformers' have
-    a trainer_state.json as well)."""
+    """Whether `path` is, or was to be, a checkpoint of our own trainer, whichever of its files is lost
+    (transformers' have a trainer_state.json as well)."""
     return (path / "optimizer.safetensors").is_file() or all((path / name).is_file() for name in MARKERS["mlx"])
 
 

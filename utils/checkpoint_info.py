@@ -47,8 +47,9 @@ def describe(found):
     except (UserError, OSError) as error:
         valid, why = None if isinstance(error, NeedsTorch) else False, str(error)
     link = str(found.path.readlink()) if found.path.is_symlink() else None
-    return Info(str(found.path), found.path.name or found.path.resolve().name, found.format, size_of(found.path), parameters, step_of(found),
-                datetime.fromtimestamp(found.time).isoformat(timespec="seconds"), valid, why, link)
+    name = found.path.name or found.path.resolve().name
+    return Info(str(found.path), name, found.format, size_of(found.path), parameters, step_of(found),
+                date_of(found.time), valid, why, link)
 
 
 def fault(found, hashes):
@@ -57,6 +58,11 @@ def fault(found, hashes):
         return why
     info = describe(found)
     return info.why if info.valid is False else None
+
+
+def date_of(seconds):
+    """Local time, ISO 8601, of seconds since 1970."""
+    return datetime.fromtimestamp(seconds).isoformat(timespec="seconds")
 
 
 def size_of(path):
@@ -85,20 +91,21 @@ def list_all(directory):
         if found:
             infos.append(describe(found))
         elif why := why_incomplete(path):
-            date = datetime.fromtimestamp(path.stat().st_mtime).isoformat(timespec="seconds")
+            date = date_of(path.stat().st_mtime)
             infos.append(Info(str(path), path.name, None, size_of(path), None, None, date, False, why, None))
     return sorted(infos, key=lambda info: (info.date, info.step or -1), reverse=True)
 
 
 def verify(found):
-    """(faults, lines): what is wrong with a Found after reading every byte of it, and what was looked at. With a manifest
-    every file's hash; every JSON file; header, place and value of each tensor (no NaN, no infinity). Raises NeedsTorch."""
+    """(faults, lines): what is wrong with a Found after reading every byte of it, and what was looked at: with a
+    manifest every file's hash; every JSON file; header, place and value of each tensor (no NaN, no infinity). Raises
+    NeedsTorch."""
     faults, looked = [], []
     if (found.path / MANIFEST).is_file():
         fault = check_manifest(found.path)
         faults += [fault] if fault else []
     looked.append(f"SHA-256 of all files against {MANIFEST}" if (found.path / MANIFEST).is_file() else
-                  f"sizes and headers (no {MANIFEST}, so no hashes: a weight that turned into another number stays unseen)")
+                  f"sizes and headers (no {MANIFEST}, so no hashes: a weight that became another number stays unseen)")
     files = sorted(found.path.glob("*.json")) if found.path.is_dir() else []
     faults += [fault for file in files if (fault := json_fault(file))]
     looked.append(f"{len(files)} JSON files")

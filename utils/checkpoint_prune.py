@@ -43,8 +43,8 @@ def plan(directory, keep, keep_best=False):
         elif why := why_incomplete(path):
             result.untouched[path] = why
     if not found and not result.untouched:
-        raise UserError(f"no checkpoints with a step in their name directly in {directory} (checkpoint-20, step_20, iter_20); "
-                        "give the directory of one run")
+        raise UserError(f"no checkpoints with a step in their name directly in {directory} (checkpoint-20, step_20, "
+                        "iter_20); give the directory of one run")
     pinned = {link.resolve() for link in links if link.name.endswith("-last")}
     pinned |= {best_in(directory, links, found)} if keep_best else set()
     wanted = keep
@@ -64,7 +64,8 @@ def plan(directory, keep, keep_best=False):
 
 
 def best_in(directory, links, found):
-    """What checkpoint-best points to, or the best_model_checkpoint of the newest transformers state. Raises UserError."""
+    """What checkpoint-best points to, or the best_model_checkpoint of the newest transformers state.
+    Raises UserError."""
     for link in links:
         if link.name.endswith("-best") and link.exists():
             return link.resolve()
@@ -77,8 +78,9 @@ def best_in(directory, links, found):
                 raise UserError(f"{state}: can't be read, so the best checkpoint isn't known: {error}") from error
             if isinstance(best, str) and (directory / Path(best).name).exists():
                 return (directory / Path(best).name).resolve()
-    raise UserError(f"--keep-best: nothing in {directory} tells the best checkpoint (looked for a link checkpoint-best, and "
-                    "best_model_checkpoint in trainer_state.json); leave the option out, or set save_best in the run")
+    raise UserError(f"--keep-best: nothing in {directory} tells the best checkpoint (looked for a link "
+                    "checkpoint-best, and best_model_checkpoint in trainer_state.json); leave the option out, "
+                    "or set save_best in the run")
 
 
 def freed(path):

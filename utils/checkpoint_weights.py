@@ -104,8 +104,8 @@ class NpzWeights:
             shape, fortran, dtype = read_npy_header(member)
             fits = math.prod(shape) * dtype.itemsize == info.file_size - member.tell()
         if not fits or dtype.hasobject or info.compress_type != zipfile.ZIP_STORED or fortran and len(shape) > 1:
-            raise ValueError(f"{info.filename} is compressed, of Python objects, in Fortran's order, or of another size than "
-                             "its header says")
+            raise ValueError(f"{info.filename} is compressed, of Python objects, in Fortran's order, or of "
+                             "another size than its header says")
         return torch_like(dtype.name), shape
 
     def pieces(self, name):
@@ -152,8 +152,8 @@ def nemo_store(found):
         read_yaml(folder, "run_config.yaml")
         return DistStore(folder)
     if any(name.startswith(("mp_rank_", "tp_rank_")) for name in folder.folders()):
-        raise UserError("saved rank by rank (mp_rank_*, tp_rank_*), which isn't supported; load and save it once with NeMo "
-                        "at tensor_model_parallel_size=1")
+        raise UserError("saved rank by rank (mp_rank_*, tp_rank_*), which isn't supported; load and save it once with "
+                        "NeMo at tensor_model_parallel_size=1")
     read_yaml(folder, "model_config.yaml")
     return CkptStore(folder) if folder.has("model_weights.ckpt") else DistStore(folder.sub("model_weights"))
 

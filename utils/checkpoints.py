@@ -50,8 +50,8 @@ class CheckpointManager:
                 for info in list_all(self.base_dir) if info.format in formats]
 
     def backup_checkpoint(self, source_path, backup_name=None):
-        """Back up to base_dir/backups/backup_name ({name}_backup_{YYYYmmdd_HHMMSS} without one); returns the Path of the
-        backup, whose files were compared with the original by hash."""
+        """Back up to base_dir/backups/backup_name ({name}_backup_{YYYYmmdd_HHMMSS} without one); returns its Path.
+        Its files were compared with the original by hash."""
         return backup(source_path, self.base_dir / "backups", backup_name).path
 
 
@@ -62,8 +62,8 @@ def list_command(arguments):
     elif infos:
         print("\n".join(table(infos, Path(arguments.directory))))
     else:
-        raise UserError(f"no checkpoint in {arguments.directory} or below (looked for NeMo, Megatron-Bridge, Hugging Face "
-                        "and our own)")
+        raise UserError(f"no checkpoint in {arguments.directory} or below (looked for NeMo, Megatron-Bridge, Hugging "
+                        "Face and our own)")
 
 
 def latest_command(arguments):
@@ -83,7 +83,7 @@ def latest_command(arguments):
 def backup_command(arguments):
     made = backup(arguments.path, arguments.dest, arguments.name, links=not arguments.copy)
     print(made.path)
-    note = f", {made.linked} linked: they share their bytes with the original, so that nothing but deletion is survived " \
+    note = f", {made.linked} linked: they share their bytes with the original, so that only deletion is survived " \
            "(--copy gives them their own)" if made.linked else ""
     print(f"{made.copied} files copied and compared by hash ({human_bytes(made.bytes)}){note}", file=sys.stderr)
 
@@ -159,7 +159,7 @@ def parse(argv=None):
     one.add_argument("--copy", action="store_true", help="no hard links: every file gets bytes of its own")
     one = command("verify", verify_command, "read every byte of a checkpoint; exit code 1 where something is wrong")
     one.add_argument("path", metavar="PATH")
-    one = command("prune", prune_command, "show which checkpoints of a run are older than the newest N, and remove them")
+    one = command("prune", prune_command, "show which checkpoints of a run are older than the newest N; remove them")
     one.add_argument("directory", metavar="DIR")
     one.add_argument("--keep", type=int, required=True, metavar="N", help="how many valid ones stay, the newest")
     one.add_argument("--keep-best", action="store_true", help="the best one stays as well")

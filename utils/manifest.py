@@ -54,9 +54,9 @@ def write_manifest(directory):
 
 
 def check_manifest(directory, quick=False):
-    """None where every file that the manifest of `directory` lists is there with its size and hash, and no file is there
-    that a loader would read and the manifest doesn't list; else one line that says what is wrong, the directory not
-    named. A directory without a manifest gives "no manifest.json". `quick` compares sizes, not hashes."""
+    """None where every file that the manifest of `directory` lists is there with its size and hash, and no file is
+    there that a loader would read and the manifest doesn't list; else one line that says what is wrong, without
+    the directory. A directory without a manifest gives "no manifest.json". `quick` compares sizes, not hashes."""
     directory = Path(directory)
     try:
         return first_fault(directory, quick)
