@@ -262,6 +262,16 @@ def test_a_place_for_an_image_in_the_text_is_refused(place):
         text_of(session, [open_image(place / "a.png")], "see <|image_pad|>")
 
 
+def test_a_relative_directory_is_never_asked_for_on_the_hub(place, monkeypatch):
+    import huggingface_hub
+    asked = []
+    refuse = lambda name, *rest, **others: asked.append(name) or huggingface_hub.utils.validate_repo_id(name)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.chdir(place)
+    greedy("qwen2_vl-mlx")
+    assert all(os.path.isabs(name) for name in asked)
+
+
 def test_an_image_too_narrow_is_refused_in_one_line(place, tmp_path):
     save_image(tmp_path / "line.png", (4000, 2))
     with pytest.raises(UserError, match="refuses an image"):
@@ -311,9 +321,9 @@ def read(handle):
 
 def test_deepseek_reads_one_image_several_and_none(deepseek):
     session = greedy(deepseek / "mlx")
-    images = [open_image(deepseek / f"{n}.png") for n in range(3)]
-    answers = [text_of(session, some, "Free OCR.") for some in ([], images[:1], images[:2], images[1::-1], images[1:])]
-    assert len(set(answers)) == 5
+    images = [open_image(deepseek / f"{n}.png") for n in range(2)]
+    answers = [text_of(session, some, "Free OCR.") for some in ([], images[:1], images[:2], images[1::-1])]
+    assert len(set(answers)) == 4
 
 
 def test_deepseek_places_each_image_where_it_stands_alone(deepseek):

@@ -121,9 +121,9 @@ def install_weights(path, family, model, weights):
 
 
 def load_processor(path, family, tokenizer):
-    """mlx-vlm's processor of a directory; `tokenizer`: the transformers one, used where the processor isn't built from
-    the directory's own. Raises UserError."""
-    path = Path(path)
+    """mlx-vlm's processor of a directory; `tokenizer`: used where the processor doesn't open one itself. Raises
+    UserError."""
+    path = Path(path).resolve()         # a relative path looks like a name on the hub, where mlx-vlm would ask for files
     module, name = PROCESSORS[family]
     Processor = getattr(importlib.import_module(f"mlx_vlm.models.{module}"), name)
     files = [path / name for name in ("preprocessor_config.json", "processor_config.json") if (path / name).is_file()]
