@@ -1806,9 +1806,10 @@ class MLXGRPOTrainer:
                 update = self.update_policy(self.window[0], rate)                              # 4. loss, gradient, update
                 break
             except NotFinite as error:
-                self.prompts_drawn = drawn if fresh else self.prompts_drawn
-                self.window = []
-                self.heal(error)
+                after, self.window = self.prompts_drawn, []
+                self.prompts_drawn = drawn if fresh else after       # the same prompts again, unless they are left out
+                if self.heal(error):
+                    self.prompts_drawn = after
         self.window.pop(0)
         self.step_count += 1
         if pending:
@@ -2066,20 +2067,21 @@ class MLXGRPOTrainer:
                                 "are not finite on a probe"), resync=False)
 
     def heal(self, error, resync=True):
-        """Climb one rung of the ladder after a failed batch, or raise the error where there is none left."""
+        """Climb one rung of the ladder after a failed batch; where there is none left, say true if the batch is to be left
+        out (max_bad_steps), else raise the error."""
         if not self.args.self_healing or self.rung + 1 == len(self.ladder):
             self.save_failure(error)
             self.bad_steps += 1
             if resync and self.bad_steps <= self.args.max_bad_steps:
-                self.prompts_drawn += self.args.prompts_per_step * self.args.minibatches      # the next prompts instead
                 print(f"step {self.step_count + 1}: {error}; the batch is left out ({self.bad_steps} of max_bad_steps)", file=sys.stderr)
-                return
+                return True
             raise UserError(f"{error} (step {self.step_count + 1}; learning rate {self.args.learning_rate:g}, kl_coeff "
                             f"{self.args.kl_coeff:g}; see {self.run_dir / 'failure.json'})") from error
         self.rung, self.calm_syncs, self.healed = self.rung + 1, 0, self.healed + 1
         print(f"step {self.step_count + 1}: {error}; rollouts go on with {self.ladder[self.rung] or 'full'} bits", file=sys.stderr)
         if resync:
             self.sync_old()
+        return False
 
     def save_failure(self, error):
         """What failed, beside the last good state, which is the model as it is: a failed update is never applied."""
