@@ -1,6 +1,7 @@
 """A conversation about images in the terminal."""
 
 import sys
+from pathlib import Path
 
 from mlx_grpo import UserError
 from mlx_grpo.inference_chat import Chat
@@ -60,7 +61,6 @@ class VisionChat(Chat):
 
 def is_file_like(text):
     """Whether `text` names a file rather than going on with a sentence: one word, or a file that exists."""
-    from pathlib import Path
     return len(text.split()) == 1 or Path(text.strip()).expanduser().is_file()
 
 
