@@ -1,4 +1,4 @@
-"""Vision-language models: conversion and inference against transformers, refusals, the terminal. Needs the extra 'vision'."""
+"""Vision-language models: conversion and inference against transformers, refusals, the terminal. Needs the extra."""
 
 import json
 import os
@@ -124,7 +124,7 @@ def test_pixels_and_grids_are_those_of_transformers_own_processor(place, family)
     session = greedy(place / f"{family}-mlx")
     ours = make_inputs(family, session.processor, [user_message("?", "ab")], images)
     assert np.array_equal(np.array(ours["image_grid_thw"]), theirs["image_grid_thw"])
-    assert np.abs(np.array(ours["pixel_values"]) - theirs["pixel_values"]).max() < 0.02      # a level of 255 over std 0.5
+    assert np.abs(np.array(ours["pixel_values"]) - theirs["pixel_values"]).max() < 0.02  # a level of 255 over std 0.5
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
@@ -295,8 +295,8 @@ def test_stream_and_whole_print_the_same_and_errors_exit_2(place):
 
 def test_a_conversation_about_images_in_a_real_terminal(place, tmp_path):
     save_image(tmp_path / "first.png")
-    lines = [f"image {tmp_path}/first.png", "What is it?", "image none.png", f"image {place}/b.png", "image", "And this?",
-             f"/save {tmp_path}/talk.jsonl", "clear", "q"]
+    lines = [f"image {tmp_path}/first.png", "What is it?", "image none.png", f"image {place}/b.png", "image",
+             "And this?", f"/save {tmp_path}/talk.jsonl", "clear", "q"]
     leader, follower = pty.openpty()
     command = [sys.executable, str(ROOT / "utils" / "inference_vision.py"), "--model", str(place / "qwen2_vl-mlx"),
                "--chat", "--system", "Be brief.", "--max-tokens", "6", "--temperature", "0"]
@@ -377,13 +377,14 @@ def under(model, prefix):
 def torch_sam(model, pixels):
     """DeepSeek's SAM tower, of transformers' layers: pixels (1, 3, S, S) -> (1, 1024, S/64, S/64)."""
     from transformers.models.sam import modeling_sam as sam
-    config = sam.SamVisionConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=1, image_size=1024, mlp_dim=64,
-                                 window_size=14, global_attn_indexes=[1], layer_norm_eps=1e-6)
+    config = sam.SamVisionConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=1, image_size=1024,
+                                 mlp_dim=64, window_size=14, global_attn_indexes=[1], layer_norm_eps=1e-6)
     config._attn_implementation = "eager"
     ours = under(model, "sam_model.")
     convolve = lambda x, name, **how: torch.nn.functional.conv2d(
         x, torch.tensor(np.array(ours[f"{name}.weight"].transpose(0, 3, 1, 2))), **how)
-    x = convolve(pixels, "patch_embed.proj", stride=16) + torch.tensor(np.array(ours["patch_embed.proj.bias"]))[:, None, None]
+    bias = torch.tensor(np.array(ours["patch_embed.proj.bias"]))
+    x = convolve(pixels, "patch_embed.proj", stride=16) + bias[:, None, None]
     table = torch.tensor(np.array(ours["pos_embed"])).permute(0, 3, 1, 2)
     x = x + torch.nn.functional.interpolate(table, size=x.shape[2:], mode="bicubic", antialias=True)
     x = x.permute(0, 2, 3, 1)
@@ -403,8 +404,8 @@ def torch_sam(model, pixels):
 def torch_clip(model, patches):
     """DeepSeek's CLIP tower, of transformers' layers: patches (1, 1024, s, s) -> (1, 1 + s s, 1024)."""
     from transformers.models.clip import modeling_clip as clip
-    config = clip.CLIPVisionConfig(hidden_size=1024, intermediate_size=32, num_attention_heads=16, hidden_act="quick_gelu",
-                                   layer_norm_eps=1e-5)
+    config = clip.CLIPVisionConfig(hidden_size=1024, intermediate_size=32, num_attention_heads=16,
+                                   hidden_act="quick_gelu", layer_norm_eps=1e-5)
     config._attn_implementation = "eager"
     ours = {name: torch.tensor(np.array(value)) for name, value in under(model, "vision_model.").items()}
     table = ours["embeddings.position_embedding.weight"]
@@ -443,10 +444,10 @@ def test_deepseeks_experts_and_attention_compute_what_transformers_do(deepseek):
     model = load_vision_model(deepseek / "mlx")[0]
     x = np.random.default_rng(0).standard_normal((1, 9, 64)).astype(np.float32)
     ours = under(model, "language_model.model.layers.1.mlp.")
-    packed = {"experts.gate_up_proj": mx.concatenate([ours["switch_mlp.gate_proj.weight"], ours["switch_mlp.up_proj.weight"]],
-                                                     axis=1), "experts.down_proj": ours["switch_mlp.down_proj.weight"]}
+    gate, up, down = (ours[f"switch_mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    packed = {"experts.gate_up_proj": mx.concatenate([gate, up], axis=1), "experts.down_proj": down}
     config = v2.DeepseekV2Config(hidden_size=64, moe_intermediate_size=64, n_routed_experts=4, n_shared_experts=2,
-                                 num_experts_per_tok=2, topk_method="greedy", routed_scaling_factor=1.0, hidden_act="silu")
+                                 num_experts_per_tok=2, topk_method="greedy", routed_scaling_factor=1.0)
     config._experts_implementation = "eager"
     experts = copied(v2.DeepseekV2Moe(config), packed | {k: v for k, v in ours.items() if "switch_mlp" not in k})
     flat = llama.LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=4,
@@ -466,7 +467,8 @@ def test_deepseeks_experts_and_attention_compute_what_transformers_do(deepseek):
 
 def test_deepseeks_prompt_is_start_images_newline_instruction(deepseek):
     session = greedy(deepseek / "mlx")
-    inputs = make_inputs("deepseekocr", session.processor, [user_message(" Free OCR. ")], [open_image(deepseek / "0.png")])
+    image = open_image(deepseek / "0.png")
+    inputs = make_inputs("deepseekocr", session.processor, [user_message(" Free OCR. ")], [image])
     ids = inputs["input_ids"][0].tolist()
     assert ids[0] == 0 and set(ids[1:274]) == {4} and session.tokenizer.decode(ids[274:]) == "\nFree OCR."
 

@@ -78,7 +78,8 @@ def flatten_config(directory):
     config = json.loads(path.read_text())
     text = config.pop("text_config")
     rope = text.pop("rope_parameters")
-    config["vision_config"] = {k: v for k, v in config["vision_config"].items() if k not in ("model_type", "rope_parameters")}
+    for name in ("model_type", "rope_parameters"):
+        del config["vision_config"][name]
     flat = {k: v for k, v in text.items() if k not in ("model_type", "layer_types")}
     flat |= dict(rope_theta=rope["rope_theta"], rope_scaling=dict(type="mrope", mrope_section=rope["mrope_section"]))
     path.write_text(json.dumps(flat | config))

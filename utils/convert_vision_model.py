@@ -5,7 +5,7 @@ Convert a Hugging Face vision-language model to MLX, and prove that it still com
     python utils/convert_vision_model.py --hf-path Qwen/Qwen3-VL-2B-Instruct -q --bits 4
     python utils/convert_vision_model.py --list
 
-Qwen2-VL, Qwen2.5-VL, Qwen3-VL and DeepSeek-OCR, on mlx-vlm (pip install -e '.[vision]'), which opens the result as well.
+Qwen2-VL, Qwen2.5-VL, Qwen3-VL and DeepSeek-OCR, on mlx-vlm (pip install -e '.[vision]'), which opens the result too.
 Quantising is for the language model; the vision tower and its projector stay as they are unless --quantize-vision asks.
 The directory appears once it is whole; conversion.json in it tells what was done.
 """
@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # runs from a pl
 from mlx_grpo import UserError, run_command  # noqa: E402
 from mlx_grpo import vision_check  # noqa: E402
 from mlx_grpo.checked_load import check_files, is_mlx, read_json  # noqa: E402
-from mlx_grpo.convert_model import BITS, DTYPES, GROUP_SIZES, check_ahead, check_finite, describe, versions, written_bytes  # noqa: E402,E501
+from mlx_grpo.convert_model import BITS, DTYPES, GROUP_SIZES, check_ahead, check_finite, describe  # noqa: E402
+from mlx_grpo.convert_model import versions, written_bytes  # noqa: E402
 from mlx_grpo.files import atomic_directory, check_free_space, human_bytes  # noqa: E402
 from mlx_grpo.model_check import in_float32  # noqa: E402
 from mlx_grpo.model_files import copy_tokenizer, open_tokenizer, upload, write_card  # noqa: E402
@@ -75,8 +76,8 @@ def change_weights(model, config, options, say):
     from mlx_lm.utils import dequantize_model
     stored = config.get("quantization")
     if options.quantize and stored:
-        raise UserError(f"{options.hf_path} is quantised already ({describe(stored)[2:]}); quantise its original, or write "
-                        "a float copy with --dequantize first")
+        raise UserError(f"{options.hf_path} is quantised already ({describe(stored)[2:]}); quantise its original, or "
+                        "write a float copy with --dequantize first")
     if options.dequantize:
         if not stored:
             raise UserError(f"{options.hf_path} isn't quantised, so --dequantize has nothing to do; leave it away")
@@ -120,7 +121,8 @@ def mend_card(path, name):
     """The card's example and task for a model that reads images."""
     text = path.read_text(encoding="utf-8").replace("pipeline_tag: text-generation", "pipeline_tag: image-text-to-text")
     start = text.rindex("```python")
-    example = f'```sh\npython -m mlx_vlm generate --model {name} --image photo.jpg --prompt "Describe this image."\n```\n'
+    command = f'python -m mlx_vlm generate --model {name} --image photo.jpg --prompt "Describe this image."'
+    example = f"```sh\n{command}\n```\n"
     path.write_text(text[:start].replace("on mlx-lm.", "on mlx-vlm.") + example, encoding="utf-8")
 
 
@@ -180,7 +182,8 @@ def parse(arguments=None):
     parser.add_argument("--quantize-vision", action="store_true",
                         help="quantise the vision tower's linear layers too, with -q")
     parser.add_argument("--dequantize", action="store_true", help="write a quantised MLX model as floats")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of what isn't quantised (default bfloat16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16",
+                        help="of what isn't quantised (default bfloat16)")
     parser.add_argument("--output-dir", default="mlx_vision_model",
                         help="new or empty directory (default mlx_vision_model)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")

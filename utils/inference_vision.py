@@ -1,7 +1,7 @@
 """
 Ask a vision-language model about images: one prompt, or a conversation.
 
-    python utils/inference_vision.py --model mlx_vision_model --image photo.jpg --prompt "What is on the table?" --stream
+    python utils/inference_vision.py --model mlx_vision_model --image photo.jpg --prompt "What is on it?" --stream
     python utils/inference_vision.py --model mlx_vision_model --image a.png --image b.png --prompt "What changed?"
     python utils/inference_vision.py --model mlx_vision_model --chat --system "Answer in one sentence."
 
@@ -23,7 +23,8 @@ from mlx_grpo.model_files import open_tokenizer  # noqa: E402
 from mlx_grpo.vision_chat import VisionChat, vision_chat_loop  # noqa: E402
 from mlx_grpo.vision_config import import_mlx_vlm  # noqa: E402
 from mlx_grpo.vision_engine import VisionSession, open_image, user_message  # noqa: E402
-from mlx_grpo.vision_model import family_of_directory, fetch_vision_model, load_processor, load_vision_model  # noqa: E402
+from mlx_grpo.vision_model import family_of_directory, fetch_vision_model  # noqa: E402
+from mlx_grpo.vision_model import load_processor, load_vision_model  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 

@@ -24,7 +24,8 @@ def mlx_logits(model, inputs):
     """Logits (L, V) of each input by mlx-vlm, computed in float32 unless the weights are quantised."""
     results = []
     for one in inputs:
-        others = {key: value for key, value in one.items() if key not in ("input_ids", "pixel_values", "attention_mask")}
+        named = ("input_ids", "pixel_values", "attention_mask")
+        others = {key: value for key, value in one.items() if key not in named}
         features = model.get_input_embeddings(one["input_ids"], one.get("pixel_values"), **others).to_dict()
         logits = model.language_model(one["input_ids"], **{k: v for k, v in features.items() if v is not None}).logits
         results.append(np.array(logits[0].astype(mx.float32)))

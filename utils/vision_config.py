@@ -84,8 +84,8 @@ def normalize_mrope(config, text, family):
     kind = settings.get("rope_type") or settings.get("type") or "default"
     kind = settings.get("type", kind) if kind == "default" else kind
     if kind not in ("default", "mrope"):
-        raise UserError(f"the config asks for a rotary embedding of type {kind!r}, which mlx-vlm's {family} doesn't have: "
-                        "its logits would be wrong; choose a checkpoint without it")
+        raise UserError(f"the config asks for a rotary embedding of type {kind!r}, which mlx-vlm's {family} doesn't "
+                        "have: its logits would be wrong; choose a checkpoint without it")
     if not settings.get("mrope_section"):
         raise UserError(f"the config of {family} has no mrope_section, which says how positions in time, height and "
                         "width share a head; use the configuration that the model's authors published")
@@ -104,8 +104,8 @@ def check_activations(family, text, vision):
                               (vision, "vision tower", ACTIVATIONS[family][1])):
         asked = part.get("hidden_act")
         if ours and asked and asked != ours:
-            raise UserError(f"the config asks for {asked!r} in the {where}, and mlx-vlm's {family} computes {ours!r}; its "
-                            "logits would be wrong")
+            raise UserError(f"the config asks for {asked!r} in the {where}, and mlx-vlm's {family} computes {ours!r}; "
+                            "its logits would be wrong")
 
 
 def text_settings(config):

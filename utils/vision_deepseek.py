@@ -1,6 +1,6 @@
-"""DeepSeek-OCR as its authors compute it (deepencoder/clip_sdpa.py and sam_vary_sdpa.py of their repository), on mlx-vlm's
-classes. mlx-vlm 0.7 differs from them in the CLIP tower's activation (they: x sigmoid(1.702 x)) and, for the crops of
-images over 640 pixels, in how both towers' position tables are resized; and it takes one image a prompt."""
+"""DeepSeek-OCR as its authors compute it (deepencoder/clip_sdpa.py and sam_vary_sdpa.py of their repository), on
+mlx-vlm's classes. mlx-vlm 0.7 differs from them in the CLIP tower's activation (they: x sigmoid(1.702 x)) and, for the
+crops of images over 640 pixels, in how both towers' position tables are resized; and it takes one image a prompt."""
 
 import mlx.core as mx
 import mlx.nn as nn

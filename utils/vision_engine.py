@@ -45,15 +45,16 @@ def qwen_inputs(processor, messages, images):
     """The inputs of a Qwen-VL model: input_ids (1, L), pixel_values (patches, features), image_grid_thw (images, 3)."""
     import jinja2
     if not processor.chat_template:
-        raise UserError("this model has no chat template (a base model, most likely), so its prompts can't hold images; "
-                        "use an instruct model")
+        raise UserError("this model has no chat template (a base model, most likely), so its prompts can't hold "
+                        "images; use an instruct model")
     try:
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template refuses this conversation: {error}") from error
     if text.count(processor.image_token) != len(images):
-        raise UserError(f"the prompt has {text.count(processor.image_token)} places for images and there are {len(images)}:"
-                        f" leave {processor.image_token!r} out of the text; the images' places are put in before it")
+        places = text.count(processor.image_token)
+        raise UserError(f"the prompt has {places} places for images and there are {len(images)}: leave "
+                        f"{processor.image_token!r} out of the text; the images' places are put in before it")
     try:
         inputs = processor(text=[text], images=images or None)
     except ValueError as error:         # an image too long and narrow

@@ -1,6 +1,6 @@
 """Opening a vision-language model directory on mlx-vlm so that nothing is wrong in silence: the config is normalised
-(utils/vision_config.py), safetensors headers are checked against their files, every missing and unexpected key is listed
-and a weight that would stay at random is refused. No file of the directory runs code."""
+(utils/vision_config.py), safetensors headers are checked against their files, every unexpected key is listed and a
+missing weight is refused. No file of the directory runs code."""
 
 import contextlib
 import importlib
@@ -59,8 +59,8 @@ def load_vision_model(path, lazy=False):
     check_files(path)
     config = normalize_vision_config(read_json(path / "config.json"))
     if config.get("quantization_config") and "quantization" not in config:
-        raise UserError(f"{path} is quantised by {config['quantization_config'].get('quant_method', 'another program')}; "
-                        "use its original in floats")
+        method = config["quantization_config"].get("quant_method", "another program")
+        raise UserError(f"{path} is quantised by {method}; use its original in floats")
     if (path / "generation_config.json").is_file():
         ends = read_json(path / "generation_config.json").get("eos_token_id")
         config |= {} if ends is None else {"eos_token_id": ends}
@@ -91,8 +91,8 @@ def build_config(architecture, config, update_module_configs):
         built = architecture.ModelConfig.from_dict(work)
         return update_module_configs(built, architecture, work, ["text", "vision", "projector"])
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"config.json isn't what mlx-vlm's {config['model_type']} reads: {error}; use the configuration "
-                        "that the model's authors published") from error
+        raise UserError(f"config.json isn't what mlx-vlm's {config['model_type']} reads: {error}; use the "
+                        "configuration that the model's authors published") from error
 
 
 def quantize_as_stored(model, quantization, weights):
@@ -103,8 +103,8 @@ def quantize_as_stored(model, quantization, weights):
 
 
 def install_weights(path, family, model, weights):
-    """Put the weights in. Returns the KeyReport. Raises UserError for other shapes and where one is missing (even one that
-    starts at a constant: a router of zeros would run)."""
+    """Put the weights in. Returns the KeyReport. Raises UserError for other shapes and where one is missing (even one
+    that starts at a constant: a router of zeros would run)."""
     current = dict(tree_flatten(model.parameters()))
     for name in sorted(set(current) & set(weights)):
         if current[name].shape != weights[name].shape:
@@ -123,7 +123,7 @@ def install_weights(path, family, model, weights):
 def load_processor(path, family, tokenizer):
     """mlx-vlm's processor of a directory; `tokenizer`: used where the processor doesn't open one itself. Raises
     UserError."""
-    path = Path(path).resolve()         # a relative path looks like a name on the hub, where mlx-vlm would ask for files
+    path = Path(path).resolve()      # a relative path looks like a hub name, where mlx-vlm would ask for files
     module, name = PROCESSORS[family]
     Processor = getattr(importlib.import_module(f"mlx_vlm.models.{module}"), name)
     files = [path / name for name in ("preprocessor_config.json", "processor_config.json") if (path / name).is_file()]
@@ -135,8 +135,9 @@ def load_processor(path, family, tokenizer):
     settings = {key: value for file in reversed(files) for key, value in read_json(file).items()}
     names = ("candidate_resolutions", "patch_size", "downsample_ratio", "image_mean", "image_std", "normalize",
              "image_token", "pad_token")
+    given = {key: settings[key] for key in names if key in settings}
     with contextlib.redirect_stdout(io.StringIO()):     # it tells of every token that it adds
-        return Processor(getattr(tokenizer, "_tokenizer", tokenizer), **{key: settings[key] for key in names if key in settings})
+        return Processor(getattr(tokenizer, "_tokenizer", tokenizer), **given)      # not mlx-lm's wrapper of it
 
 
 def family_of_directory(path):
