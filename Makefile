@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -q -n $(strip $(JOBS)) --dist loadfile -m "not ($(SLOW))"
 
-test-group: $(VENV)/.installed-test    # make test-group GROUP=parity
+test-group: $(VENV)/.installed-test $(if $(findstring vision,$(GROUP)),$(VENV)/.installed-vision)    # make test-group GROUP=parity
 	$(VENV)/bin/python -m pytest -q -n $(strip $(JOBS)) --dist loadfile -m "$(GROUP)"
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-vision
