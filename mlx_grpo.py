@@ -24,6 +24,7 @@ import argparse
 import asyncio
 import contextlib
 import copy
+import importlib
 import importlib.util
 import inspect
 import json
@@ -2526,116 +2527,45 @@ def print_summary(trainer, seconds):
     print(f"model   {run_dir / f'checkpoint-{trainer.step_count}'}")
 
 
-def eval_command(args):
-    """Exact match of a model on the held-out problems, as in training."""
-    config, _ = load_config(args.config, args.set)
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no directory {Path(args.output).parent}; create it first")
-    _, held_out = load_problems(config)
-    model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
-    model.update(cast_floats(model.parameters(), compute_dtype(config)))
-    held_out = fitting_problems(held_out, tokenizer, config)
-    if not held_out:
-        raise UserError(f"dataset {config.dataset!r} gives no held-out problems; set eval_split or eval_fraction, eval_samples")
-    scores, texts = evaluate(model, tokenizer, held_out, config)
-    if args.output:
-        rows = [{"prompt": p.prompt, "answer": p.answer, "completion": t, "correct": same_answer(extract_answer(t), p.answer)}
-                for p, t in zip(held_out, texts)]
-        Path(args.output).write_text(json.dumps({"model": config.model_name, **scores, "problems": rows}, indent=2,
-                                                ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{config.model_name}: exact match {scores['exact_match']:.3f} on {len(held_out)} held-out problems, "
-          f"{scores['mean_length']:.0f} tokens on average, {scores['clipped_ratio']:.0%} cut at {config.eval_max_new_tokens}")
-    return 0
-
-
-def rewards_command(args):
-    """The reward functions, with what each gives; the configured ones are marked with their weight."""
-    config, _ = load_config(args.config, args.set)
-    chosen = find_rewards(config.rewards)
-    weights = dict(zip(chosen, config.reward_weights or [1.0] * len(chosen)))
-    for name, function in (REWARDS | chosen).items():
-        used = f"weight {weights[name]:g}" if name in weights else "not used"
-        summary = (inspect.getdoc(function) or "no description").partition("\n\n")[0]
-        print(f"{name:16} {used:12} {' '.join(summary.split())}")
-    return 0
-
-
-def plan_command(args):
-    """Every option with its value and source, the problems and steps, and what the run will hold in memory."""
-    config, sources = load_config(args.config, args.set)
-    find_rewards(config.rewards)
-    for name, value in asdict(config).items():
-        shown = value if not isinstance(value, str) or len(value) < 60 else value[:57] + "..."
-        print(f"{name:28} {shown!r:44} {sources[name]}")
-    problems, held_out = load_problems(config)
-    model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
-    problems = fitting_problems(problems, tokenizer, config)
-    total, steps = count_parameters(model), count_steps(config, len(problems))
-    print(f"\n{len(problems)} problems, {len(held_out)} held out; {steps} steps of {config.prompts_per_step} prompts x "
-          f"{config.num_generations} = {steps * config.prompts_per_step * config.num_generations} completions of at most "
-          f"{config.max_new_tokens} tokens")
-    prepare_trainable(model, config)
-    trained = sum(a.size for _, a in tree_flatten(model.trainable_parameters()))
-    held = {name for name, _ in tree_flatten(model.trainable_parameters())}
-    frozen = sum(a.nbytes for name, a in tree_flatten(model.parameters()) if name not in held)
-    size, stored = 4 if compute_dtype(config) == mx.float32 else 2, 4 if config.optimizer_dtype == "float32" else 2
-    bits = 0 if config.quantize_for_rollouts == "auto" and len(model.layers) > 20 else config.bits_ladder[0]
-    rows = {"frozen base": frozen, f"weights, {config.optimizer_dtype}": stored * trained,
-            "weights to compute with": 0 if size == stored else size * trained,
-            "gradients": 4 * trained, "moments": 2 * stored * trained,
-            "ref_model": size * trained if config.kl_coeff else 0,
-            "model_old": (bits / 8 + 4 / config.rollout_group_size) * total if bits
-            else size * trained if config.update_every > 1 else 0,
-            "logits of a pass": 3 * 4 * min(config.batch_size * config.num_generations * config.max_new_tokens * vocabulary_of(model),
-                                            HEAD_CHUNK)}
-    print()
-    for name, n in rows.items():
-        print(f"{name:28} {n / 1e9:8.2f} GB")
-    print(f"{'together':28} {sum(rows.values()) / 1e9:8.2f} GB, without activations and KV cache; {trained / 1e6:.1f}M of "
-          f"{total / 1e6:.1f}M parameters are trained")
-    return 0
-
-
 def vocabulary_of(model):
     return model(mx.array([[0]])).shape[-1]
 
 
-def report_command(args):
-    """One self-contained HTML page of a run or several: curves, completions, what differs."""
-    from mlx_grpo.report import run_report
-
-    return run_report(args)
+def add_config_arguments(parser):
+    parser.add_argument("--config", metavar="PATH", help="TOML file (default: $MLX_GRPO_CONFIG, else the defaults)")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="set one option; may be repeated")
 
 
-COMMANDS = {
-    "train": (train_command, "train by GRPO (the default command)"),
-    "sft": (train_command, "supervised warm start on the data's demonstrations"),
-    "eval": (eval_command, "exact match on the held-out problems"),
-    "rewards": (rewards_command, "list and explain the reward functions"),
-    "plan": (plan_command, "options with their sources, parameters and memory"),
-    "report": (report_command, "a run, or several, as one HTML page"),
+def add_train_arguments(parser):
+    add_config_arguments(parser)
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="auto|PATH",
+                        help="continue from the newest checkpoint of the run, or from a given one")
+
+
+COMMANDS = {   # name: (module with add_arguments(parser) and run_command's function, or None for train_command; help)
+    "train": (None, "train by GRPO (the default command)"),
+    "sft": (None, "supervised warm start on the data's demonstrations"),
+    "eval": ("evaluation", "exact match on the held-out problems"),
+    "rewards": ("reward_check", "list and explain the reward functions"),
+    "plan": ("plan", "options with their sources, parameters and memory"),
+    "report": ("report", "a run, or several, as one HTML page"),
 }
 
 
-def make_parser():
+def make_parser(chosen=None):
+    """The parser of the whole command line; only the chosen command's module is imported, and its options declared."""
     parser = argparse.ArgumentParser(prog="mlx_grpo.py", description="GRPO fine-tuning of language models on MLX.",
                                      epilog="example: python mlx_grpo.py --config configs/prod.toml --set num_generations=16")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
-    for name, (function, help) in COMMANDS.items():
-        sub = commands.add_parser(name, help=help, description=inspect.getdoc(function))
-        sub.set_defaults(function=function)
-        if name == "report":
-            from mlx_grpo.report import add_arguments
-
-            add_arguments(sub)
+    for name, (module, help) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name != chosen:
             continue
-        sub.add_argument("--config", metavar="PATH", help="TOML file (default: $MLX_GRPO_CONFIG, else the defaults)")
-        sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="set one option; may be repeated")
-        if name in ("train", "sft"):
-            sub.add_argument("--resume", nargs="?", const="auto", metavar="auto|PATH",
-                             help="continue from the newest checkpoint of the run, or from a given one")
-        if name == "eval":
-            sub.add_argument("--output", metavar="FILE", help="write scores and completions as JSON")
+        tool = importlib.import_module(f"mlx_grpo.{module}") if module else None
+        add_arguments, function = (tool.add_arguments, tool.run) if tool else (add_train_arguments, train_command)
+        add_arguments(sub)
+        sub.description = inspect.getdoc(function)
+        sub.set_defaults(function=function)
     return parser
 
 
@@ -2645,7 +2575,7 @@ def main(argv=None):
         raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
         argv.insert(0, "train")
-    args = make_parser().parse_args(argv)
+    args = make_parser(argv[0]).parse_args(argv)
     return args.function(args)
 
 

@@ -129,7 +129,7 @@ def add_arguments(parser):
     parser.add_argument("--png", metavar="FILE", help="write the main curves as a PNG (needs matplotlib)")
 
 
-def run_report(args):
+def run(args):
     """What the parsed arguments of add_arguments ask for."""
     if args.interval <= 0 or args.completions < 0 or args.max_mb <= 0:
         raise UserError("--interval and --max-mb must be above 0 and --completions not below; "
@@ -150,7 +150,7 @@ def run_report(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     add_arguments(parser)
-    return run_report(parser.parse_args())
+    return run(parser.parse_args())
 
 
 if __name__ == "__main__":
