@@ -21,7 +21,6 @@ never encoded back.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import copy
 import importlib
@@ -36,7 +35,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from fractions import Fraction
@@ -157,6 +155,7 @@ class MLXGRPOConfig:
     # rewards
     rewards: list[str] = opt(["correctness", "int", "strict_format", "soft_format", "xmlcount"],
                              'names from REWARDS, or "my_rewards.py:function"')
+    reward_options: dict = opt({}, "a table of options for each reward that takes some: { repetition = { ngram = 4 } }")
     reward_weights: list[float] = opt([], "one for each reward; empty = all 1")
     on_reward_error: str = opt("stop", "an exception, wrong length or non-finite value: stop the run, or skip the row",
                                choices=("stop", "skip"))
@@ -828,192 +827,44 @@ def xmlcount_reward_func(completions, **_):
     return [score(completion_text(c)) for c in completions]
 
 
+from mlx_grpo.more_rewards import MORE_REWARDS, Maker, bind_options  # noqa: E402
+from mlx_grpo.scorer import RewardError, Scorer  # noqa: E402
+
 REWARDS = {
     "correctness": correctness_reward_func,
     "int": int_reward_func,
     "strict_format": strict_format_reward_func,
     "soft_format": soft_format_reward_func,
     "xmlcount": xmlcount_reward_func,
+    **MORE_REWARDS,         # these have options: utils/more_rewards.py
 }
 
 
-def find_rewards(specs):
-    """{name: function} of the names in REWARDS, "file.py:function" specs, or callables; such a dictionary is returned as
-    it is. Raises ConfigError."""
+def find_rewards(specs, options=None):
+    """{name: function} of names in REWARDS ("judge:style" is a judge named style), "file.py:function" specs, or callables,
+    with their options (`reward_options`) bound; such a dictionary is returned as it is. Raises ConfigError."""
     if isinstance(specs, dict):
         return specs
-    found = {}
+    found, options = {}, options or {}
     for spec in specs:
-        name = spec if isinstance(spec, str) else getattr(spec, "__name__", type(spec).__name__)   # partials have none
-        name = name.rpartition(":")[2].removesuffix("_reward_func")
-        if not callable(spec) and ":" not in spec and name not in REWARDS:
+        text = spec if isinstance(spec, str) else getattr(spec, "__name__", type(spec).__name__)      # partials have none
+        kind, _, name = text.removesuffix("_reward_func").rpartition(":")
+        if callable(spec):
+            function = spec
+        elif kind:
+            function = REWARDS[kind] if isinstance(REWARDS.get(kind), Maker) else load_symbol(spec, "reward")
+        elif name in REWARDS:
+            function = REWARDS[name]
+        else:
             raise ConfigError(f"rewards: there is no {spec!r}{nearest(spec, REWARDS)} (known: {', '.join(REWARDS)}; "
                               "your own: file.py:function)")
         if name in found:
             raise ConfigError(f"rewards: {name!r} is named twice; remove one")
-        function = spec if callable(spec) else load_symbol(spec, "reward") if ":" in spec else REWARDS[name]
-        if not callable(function):
-            raise ConfigError(f"rewards: {spec!r} is a {type(function).__name__}, not a function")
-        found[name] = function
+        found[name] = bind_options(spec, name, function, options.get(name, {}))
+    if unused := [name for name in options if name not in found]:
+        raise ConfigError(f"reward_options: {unused[0]!r} is none of the rewards ({', '.join(found)})"
+                          + nearest(unused[0], found))
     return found
-
-
-class RewardError(UserError):
-    """A reward function raised, or returned something that is not one finite number or None for each completion."""
-
-
-COMPLETION_COLUMNS = ("step", "prompt", "answer", "completion", "rewards", "reward", "advantage", "length", "ended")
-
-
-def call_reward(function, given):
-    """(values, extras, metrics) of one call. extras: column -> what log_extra gave, metrics: name -> list of what
-    log_metric gave. A coroutine function is awaited, in a thread, as the caller may have an event loop of its own."""
-    extras, metrics = {}, {}
-
-    def log_extra(column, values):
-        if column in COMPLETION_COLUMNS:
-            raise ValueError(f"log_extra can't replace the column {column!r}; use another name")
-        values = [v.item() if isinstance(v, (np.generic, mx.array)) else v for v in values]
-        json.dumps(values)                                # a value that can't be logged is an error of the function
-        extras[column] = values
-
-    logs = {"log_extra": log_extra, "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value))}
-    values = function(**{name: logs.get(name, value) for name, value in given.items()})
-    if inspect.iscoroutine(values):
-        with ThreadPoolExecutor(1) as pool:
-            values = pool.submit(asyncio.run, values).result()
-    return list(values), extras, metrics
-
-
-def row_of(given, i):
-    """The arguments for row i alone."""
-    return {name: [value[i]] if isinstance(value, list) else value for name, value in given.items()}
-
-
-def finite_number(value):
-    """A reward as a float; None for what isn't a finite number."""
-    try:
-        return float(value) if isinstance(value, (int, float, np.number)) and math.isfinite(value) else None
-    except OverflowError:                                 # an int beyond floats
-        return None
-
-
-class Scorer:
-    """Calls the reward functions on all rollouts of a step, under TRL's signature.
-
-    f(prompts, completions, **columns) -> list[float | None]; a function gets the arguments that it names, or all of
-    them if it has **kwargs: prompts, completions (text for a plain prompt, one assistant message for a chat),
-    completion_ids, every column of the data, trainer_state, log_extra(column, values), log_metric(name, value)."""
-
-    def __init__(self, functions, weights=(), on_error="stop", max_errors=100):
-        self.functions = functions
-        self.weights = np.array(weights or [1.0] * len(functions))
-        self.on_error, self.max_errors = on_error, max_errors
-        self.errors = 0
-
-    def __call__(self, rollouts, trainer_state=None):
-        """(scores, extras, metrics): scores (B, number of functions) float64, NaN where a function returned None;
-        extras: column -> B values for completions.jsonl; metrics: name -> mean of what was logged. Raises RewardError."""
-        rows = [(r.problem, ids, text) for r in rollouts for ids, text in zip(r.completion_ids, r.texts)]
-        columns = sorted(set().union(*(p.columns for p, _, _ in rows)))
-        arguments = {name: [p.columns.get(name) for p, _, _ in rows] for name in columns} | {
-            "prompts": [p.prompt for p, _, _ in rows],
-            "completions": [t if isinstance(p.prompt, str) else [{"role": "assistant", "content": t}] for p, _, t in rows],
-            "completion_ids": [list(ids) for _, ids, _ in rows],
-            "trainer_state": trainer_state, "log_extra": None, "log_metric": None,      # call_reward puts these in
-        }
-        scores, extras, metrics = np.full((len(rows), len(self.functions)), np.nan), {}, {}
-        for k, (name, function) in enumerate(self.functions.items()):
-            scores[:, k], logged, numbers = self.score_function(name, function, arguments, rows)
-            for column, values in logged.items():
-                if len(values) != len(rows):
-                    raise RewardError(f"reward {name!r}: log_extra({column!r}) got {len(values)} values for {len(rows)} "
-                                      "completions; give one each")
-            extras |= logged
-            for key, values in numbers.items():
-                metrics.setdefault(key, []).extend(values)
-        metrics = {key: sum(values) / len(values) for key, values in metrics.items()}
-        return scores, extras, metrics | ({"reward_errors": self.errors} if self.errors else {})
-
-    def score_function(self, name, function, arguments, rows):
-        """(column (B,), extras, metrics) of one function. What to do about an error is on_error's to say."""
-        given = self.arguments_for(name, function, arguments)
-        try:
-            values, extras, metrics = call_reward(function, given)
-        except Exception as error:                       # the user's code may raise anything
-            reason = f"raised {type(error).__name__}: {error}"
-            if self.on_error == "stop":
-                raise RewardError(f"reward {name!r} {reason}{self.culprit(function, given, rows)}") from error
-            values, extras, metrics = self.score_rows(function, given, len(rows))
-        else:
-            reason = "returned something else than a finite number"
-            if len(values) != len(rows):
-                reason = f"returned {len(values)} values for {len(rows)} completions"
-                if self.on_error == "stop":
-                    raise RewardError(f"reward {name!r} {reason}, the first of them {rows[0][2]!r} to {rows[0][0].prompt!r}; "
-                                      "return one value each")
-                values = [math.nan] * len(rows)
-        column, bad = np.full(len(rows), np.nan), 0
-        for i, value in enumerate(values):
-            number = finite_number(value)
-            if number is not None:
-                column[i] = number
-            elif value is not None:
-                bad += 1
-                if self.on_error == "stop":
-                    raise RewardError(f"reward {name!r} returned {value!r} for the completion {rows[i][2]!r} to "
-                                      f"{rows[i][0].prompt!r}; return a finite number, or None for 'does not apply'")
-        if bad:
-            self.count_errors(bad, name, reason)
-        return column, extras, metrics
-
-    @staticmethod
-    def arguments_for(name, function, arguments):
-        """Those that the function names, or all of them if it has **kwargs. Raises RewardError for an unknown one."""
-        parameters = inspect.signature(function).parameters.values()
-        needed = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        for parameter in needed:
-            if parameter not in arguments:
-                raise RewardError(f"reward {name!r} asks for {parameter!r}, which is no column of the data "
-                                  f"({', '.join(sorted(arguments))}){nearest(parameter, arguments)}")
-        wants_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        known = {p.name for p in parameters}
-        return {name: value for name, value in arguments.items() if wants_all or name in known}
-
-    @staticmethod
-    def score_rows(function, given, n):
-        """Each row alone, after the whole batch raised; NaN for one that raises again, to be counted."""
-        values, extras, metrics = [], {}, {}
-        for i in range(n):
-            try:
-                (value,), logged, numbers = call_reward(function, row_of(given, i))
-                logged = {column: entry for column, (entry,) in logged.items()}
-            except Exception:                            # counted, logged, and stopping after max_errors
-                values.append(math.nan)
-                continue
-            values.append(value)
-            for column, entry in logged.items():
-                extras.setdefault(column, [None] * n)[i] = entry
-            for key, more in numbers.items():
-                metrics.setdefault(key, []).extend(more)
-        return values, extras, metrics
-
-    @staticmethod
-    def culprit(function, given, rows):
-        """" on the completion ... to ..." for the first row that raises alone; for the whole batch if none does."""
-        for i, (problem, _, text) in enumerate(rows):
-            try:
-                call_reward(function, row_of(given, i))
-            except Exception:                            # found: named in the message of the RewardError being raised
-                return f" on the completion {text!r} to {problem.prompt!r}"
-        return f" on {len(rows)} completions together, the first of them {rows[0][2]!r} to {rows[0][0].prompt!r}"
-
-    def count_errors(self, n, name, reason):
-        self.errors += n
-        print(f"reward {name!r} {reason}: {n} rows left out ({self.errors} so far)", file=sys.stderr)
-        if self.errors > self.max_errors:
-            raise RewardError(f"{self.errors} reward errors, more than max_reward_errors = {self.max_errors}; "
-                              f"the last: reward {name!r} {reason}")
 
 
 # ---- rollouts --------------------------------------------------------------------------------------------------------
@@ -1759,7 +1610,8 @@ class MLXGRPOTrainer:
                  teacher=None, callbacks=(), run_dir=None):
         self.args, self.tokenizer, self.callbacks = args, tokenizer, callbacks
         check_loss(args.loss_type)
-        self.scorer = Scorer(find_rewards(reward_funcs), args.reward_weights, args.on_reward_error, args.max_reward_errors)
+        self.scorer = Scorer(find_rewards(reward_funcs, args.reward_options), args.reward_weights, args.on_reward_error,
+                             args.max_reward_errors)
         self.train_dataset = fitting_problems(as_problems(train_dataset, args), tokenizer, args)
         self.eval_dataset = fitting_problems(as_problems(eval_dataset or [], args), tokenizer, args)
         self.rollout_func = rollout_func
@@ -2459,7 +2311,7 @@ def train_command(args):
     from mlx_grpo.files import check_free_space
 
     config, sources = load_config(args.config, args.set)
-    rewards = find_rewards(config.rewards)             # a typo is told before the model is loaded
+    rewards = find_rewards(config.rewards, config.reward_options)    # a typo is told before the model is loaded
     run_dir, checkpoint, config = find_run_dir(config, args.resume)
     train, held_out = load_problems(config)
     model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)

@@ -253,6 +253,7 @@ TABLE = {
     "entropy_target": (moved, 20.0, {"max_steps": 3, "entropy_adaptive": True}),
     "entropy_step": (moved, 0.5, {"max_steps": 3, "entropy_adaptive": True, "entropy_target": 20.0}),
     "rewards": (of_run(lambda run: run.completions[0]["rewards"].keys()), ["int", EVEN_SHARE], {}),
+    "reward_options": (logged("reward"), {"even_share": {"odd": True}}, {}),
     "reward_weights": (logged("reward"), [1.0, 3.0], {}),
     "on_reward_error": (outcome, "skip", {"rewards": ["broken.py:broken", EVEN_SHARE]}),
     "max_reward_errors": (outcome, 3, {"rewards": ["broken.py:broken", EVEN_SHARE], "on_reward_error": "skip"}),

@@ -4,15 +4,17 @@ import asyncio
 import functools
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from conftest import require
-from mlx_grpo import (REWARDS, ConfigError, Problem, RewardError, Scorer, correctness_reward_func, extract_xml_answer,
+from mlx_grpo import (REWARDS, ConfigError, Problem, RewardError, Scorer, UserError, correctness_reward_func, extract_xml_answer,
                       find_rewards, group_advantages, int_reward_func, make_rollout, same_answer,
                       soft_format_reward_func,
                       strict_format_reward_func, weighted_rewards, xmlcount_reward_func)
 
+PLAIN = {name: function for name, function in REWARDS.items() if callable(function)}      # those without options
 GOOD = "<reasoning>\n2+2\n</reasoning>\n<answer>\n4\n</answer>"
 
 
@@ -90,7 +92,7 @@ def test_the_last_closed_answer_counts():
 def test_a_completion_full_of_tags_costs_no_time(piece):
     started = time.perf_counter()
     texts = [piece * 30_000, "<reasoning>" + piece * 30_000, piece * 30_000 + "</answer>"]
-    for function in REWARDS.values():
+    for function in PLAIN.values():
         assert all(math.isfinite(v) for v in function(prompts=texts, completions=texts, answer=["4"] * 3))
     assert time.perf_counter() - started < 5
 
@@ -136,12 +138,12 @@ def test_xmlcount_gives_an_eighth_for_each_tag_less_a_thousandth_for_each_charac
 def test_no_built_in_leaves_its_range():
     ranges = {"correctness": (0, 2), "int": (0, 0.5), "strict_format": (0, 0.5), "soft_format": (0, 0.5),
               "xmlcount": (0, 0.5)}
-    assert ranges.keys() == REWARDS.keys()
+    assert ranges.keys() == PLAIN.keys()
     rng = np.random.default_rng(0)
     parts = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "4", " ", "\n", "####", "text"]
     texts = ["".join(rng.choice(parts, rng.integers(0, 9))) for _ in range(500)]
     for name, (low, high) in ranges.items():
-        values = REWARDS[name](prompts=texts, completions=texts, answer=["4"] * len(texts))
+        values = PLAIN[name](prompts=texts, completions=texts, answer=["4"] * len(texts))
         assert min(values) == low and max(values) <= high
 
 
@@ -237,6 +239,34 @@ def test_coroutine_functions_are_awaited_even_inside_an_event_loop():
     assert score(slow)[0] == asyncio.run(notebook()) == [1.0] * 3
 
 
+def test_coroutine_functions_wait_together_and_each_keeps_its_own_error():
+    arrived = []
+
+    def meeting(name):
+        async def function(completions, log_metric):
+            arrived.append(name)
+            for _ in range(500):
+                if len(arrived) >= 3:                    # all three are under way before any of them ends
+                    break
+                await asyncio.sleep(0.01)
+            log_metric(f"seen/{name}", len(arrived))
+            return [1.0] * len(completions) if name != "bad" else [1 / 0]
+        function.__name__ = name
+        return function
+
+    scorer = Scorer(find_rewards([meeting("a"), "int", meeting("bad"), meeting("b")]), on_error="skip")
+    scores, _, metrics = scorer(rollouts("x", "y"))
+    assert scores[:, 0].tolist() == scores[:, 3].tolist() == [1.0, 1.0] and np.isnan(scores[:, 2]).all()
+    assert metrics["seen/a"] >= 3 and metrics["seen/b"] >= 3 and metrics["reward_errors"] == 2
+
+
+def test_several_threads_may_score_at_once_and_every_error_counts():
+    scorer = Scorer(find_rewards([breaks_on_b]), on_error="skip", max_errors=1000)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: scorer(rollouts("a", "b", "c"))[0][:, 0].tolist(), range(100)))
+    assert all(column[0] == column[2] == 1.0 and math.isnan(column[1]) for column in found) and scorer.errors == 100
+
+
 def test_none_means_not_applicable():
     column, _, metrics = score(lambda completions: [1.0, None, 0.0])
     assert column[0] == 1.0 and math.isnan(column[1]) and column[2] == 0.0 and "reward_errors" not in metrics
@@ -279,6 +309,16 @@ def test_what_can_not_be_logged_is_refused(log, words):
 
     message = refusal(function)
     assert "'function'" in message and all(word in message for word in words)
+
+
+def test_a_user_error_of_a_function_is_told_as_it_is_and_the_function_is_not_called_again():
+    calls = []
+
+    def needs_a_key(completions):
+        calls.append(1)
+        raise UserError("set MY_KEY")
+
+    assert refusal(needs_a_key) == "reward 'needs_a_key': set MY_KEY" and len(calls) == 1
 
 
 # ---- errors

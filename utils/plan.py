@@ -17,7 +17,7 @@ def add_arguments(parser):
 def run(args):
     """Every option with its value and source, the problems and steps, and what the run will hold in memory."""
     config, sources = load_config(args.config, args.set)
-    find_rewards(config.rewards)
+    find_rewards(config.rewards, config.reward_options)
     for name, value in asdict(config).items():
         shown = value if not isinstance(value, str) or len(value) < 60 else value[:57] + "..."
         print(f"{name:28} {shown!r:44} {sources[name]}")
