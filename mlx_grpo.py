@@ -31,7 +31,6 @@ import math
 import os
 import random
 import re
-import subprocess
 import sys
 import time
 import tomllib
@@ -1638,7 +1637,7 @@ class MLXGRPOTrainer:
         self.gradients = self.learner.gradients_of(self.compute_grpo_loss, self.compiled)
         self.interrupted, self.save_s, self.best, self.bad_steps = None, 0.0, None, 0
         self.samples = {}       # step -> (prompt, completion) of the first held-out problem
-        self.log = RunLog(self.run_dir if args.log_jsonl else None)
+        self.log, self.phase = RunLog(self.run_dir if args.log_jsonl else None), RunState()
         self.sync_old()
 
     # -- one step, as the table in the module docstring
@@ -1647,11 +1646,13 @@ class MLXGRPOTrainer:
         """One optimizer update; returns its metrics. Samples a new rollout batch when the last one is used up: of
         `problems`, or of the next ones in the run's order. Raises UserError where even healing doesn't help."""
         started = time.perf_counter()
+        self.phase("step", step=self.step_count + 1)
         while True:
             drawn, fresh = self.prompts_drawn, not self.window
             try:
                 pending = self.fill_window(problems) if fresh else None                        # 1-3. sample, score, advantages
                 rate = learning_rate_at(self.step_count + 1, self.total_steps, self.args)
+                self.phase("update", **training_shape(self.args, *max(b.tokens.shape for b in self.window[0])))
                 update = self.update_policy(self.window[0], rate)                              # 4. loss, gradient, update
                 break
             except NotFinite as error:
@@ -1659,6 +1660,7 @@ class MLXGRPOTrainer:
                 self.prompts_drawn = drawn if fresh else after       # the same prompts again, unless they are left out
                 if self.heal(error):
                     self.prompts_drawn = after
+        self.phase("sync")
         self.window.pop(0)
         self.step_count += 1
         if pending:
@@ -1685,6 +1687,8 @@ class MLXGRPOTrainer:
         if np.isnan(rewards).all():
             raise RewardError("every reward function returned None for every completion of this step, so there is nothing "
                               "to learn from; see `mlx_grpo.py rewards`")
+        longest = max(len(r.prompt_ids) + len(ids) for r in rollouts for ids in r.completion_ids)
+        self.phase("scoring", **training_shape(args, min(args.batch_size, shape[0]) * args.num_generations, longest))
         batches = self.scored_batches(rollouts)
         if not any(b.mask.sum().item() for b in batches):
             print(f"step {self.step_count + 1}: no completion has a token to train on (all of them ran out of tokens, and "
@@ -1722,7 +1726,9 @@ class MLXGRPOTrainer:
         kept, rounds, dropped, sampled = [], 0, 0, 0
         while True:
             problems = self.next_problems(wanted - len(kept)) if problems is None else problems
+            self.phase("rollout", **rollout_shape(args, problems, args.num_generations))
             rollouts = self.generate_responses(problems, sampled)
+            self.phase("rewards", rows=len(problems) * args.num_generations)
             scores, extras, metrics = self.scorer(rollouts, self.trainer_state())
             groups = scores.reshape(len(rollouts), -1, scores.shape[-1])
             totals = self.total_rewards(rollouts, scores).reshape(len(rollouts), -1)
@@ -1972,6 +1978,7 @@ class MLXGRPOTrainer:
             last = self.step_count == self.total_steps
             metrics |= {"save_s": self.save_s} | self.evaluate(last)
             self.save_s = 0.0
+            self.phase("log")
             stop = self.notify("on_step_end", metrics)
             self.log.metrics(metrics)
             if args.logging_steps and (self.step_count % args.logging_steps == 0 or last):
@@ -1994,7 +2001,9 @@ class MLXGRPOTrainer:
     def save_run(self, best=False):
         """checkpoint-N of the run, the links that lead to it, and older ones removed beyond save_total_limit."""
         started, path = time.perf_counter(), self.run_dir / f"checkpoint-{self.step_count}"
+        self.phase("save")
         self.save_checkpoint(path)
+        self.phase("links")
         point_to(self.run_dir, "checkpoint-last", path)
         if best:
             point_to(self.run_dir, "checkpoint-best", path)
@@ -2009,6 +2018,7 @@ class MLXGRPOTrainer:
         subset = self.train_dataset[:args.eval_subset_size] if args.eval_every_updates else []
         for name, problems, period in (("eval", self.eval_dataset, args.eval_steps), ("eval_train", subset, args.eval_every_updates)):
             if problems and period and due(period):
+                self.phase("evaluate", **rollout_shape(args, problems, 1))
                 scores, texts = evaluate(self.model, self.tokenizer, problems, args)
                 if name == "eval":
                     self.samples[self.step_count] = problems[0].prompt, texts[0]
@@ -2045,7 +2055,7 @@ class MLXGRPOTrainer:
         extra = {OLD_POLICY: dict(tree_flatten(self.model_old.parameters()))} if stale else {}
         extra |= {WINDOW: arrays} if arrays else {}
         extra |= {REFERENCE: dict(tree_flatten(self.ref_model.parameters()))} if self.args.ref_sync_steps else {}
-        save_checkpoint(path, self.learner, self.tokenizer, state, extra)
+        save_checkpoint(path, self.learner, self.tokenizer, state, extra, self.phase)
         self.notify("on_save", path)
 
     def load_checkpoint(self, path):
@@ -2233,9 +2243,11 @@ from mlx_grpo.manifest import check_manifest  # noqa: E402
 from mlx_grpo.run_files import (  # noqa: E402
     OLD_POLICY, REFERENCE, WINDOW, RunLog, load_checkpoint, read_metrics, save_arrays, save_checkpoint, save_tokenizer,
     save_weights, versions)
+from mlx_grpo.out_of_memory import after_death, rollout_shape, training_shape  # noqa: E402
 from mlx_grpo.run_guard import (  # noqa: E402
     check_same_run, checkpoints_of, newest_valid, point_to, prune, run_lock, stop_on_signals)
-
+from mlx_grpo.run_dir import find_run_dir, write_run_config  # noqa: E402
+from mlx_grpo.run_state import RunState  # noqa: E402
 
 
 def evaluate(model, tokenizer, problems, config):
@@ -2253,59 +2265,6 @@ def evaluate(model, tokenizer, problems, config):
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 
-def find_run_dir(config, resume):
-    """(run directory, checkpoint to resume from or None, config). {n} in run_name becomes the next free number, or the
-    last used one with --resume auto. Raises UserError where the directory already holds a run and nothing says resume,
-    and where --resume names no checkpoint."""
-    checkpoint = None
-    if resume not in (None, "auto"):
-        whole = (Path(resume) / "trainer_state.json").exists()
-        checkpoint = Path(resume) if whole else newest_valid(resume)[0]
-        if not checkpoint:
-            raise UserError(f"no checkpoint in {resume} (looked for trainer_state.json and checkpoint-*/trainer_state.json); "
-                            "--resume auto takes the newest one of the run, or starts fresh where there is none")
-    place = lambda n: Path(config.output_dir) / config.run_name.replace("{n}", str(n))
-    if "{n}" in config.run_name:
-        taken = [n for n in range(1, 10_000) if place(n).exists()]
-        number = max(taken, default=0) + (resume != "auto" or not taken)
-        if checkpoint:                       # of one of the numbered runs: that one goes on
-            number = next((n for n in taken if place(n).resolve() == checkpoint.resolve().parent), number)
-        config = replace(config, run_name=config.run_name.replace("{n}", str(number)))
-    run_dir = Path(config.output_dir) / config.run_name
-    if resume == "auto":
-        checkpoint, skipped = newest_valid(run_dir)
-        for line in skipped:
-            print(f"skipped {line}", file=sys.stderr)
-        print(f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {run_dir}: starting fresh", flush=True)
-    elif (run_dir / "config.json").exists() and not (checkpoint and checkpoint.resolve().parent == run_dir.resolve()):
-        raise UserError(f"{run_dir} already holds a run; continue it with --resume auto, or choose another "
-                        "--set run_name=NAME (demo-{n} numbers the runs)")
-    return run_dir, checkpoint, config
-
-
-def git_revision():
-    """The commit of this checkout with "+" for local changes, or None outside of one (an installed wheel)."""
-    run = partial(subprocess.run, capture_output=True, text=True, cwd=HERE, timeout=10)
-    try:
-        if run(["git", "ls-files", "--error-unmatch", Path(__file__).name]).returncode:
-            return None
-        commit = run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        return commit + "+" * bool(run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-
-
-def write_run_config(run_dir, config, sources, command):
-    """The resolved configuration as JSON, with where each value came from, versions, device, git revision and seed."""
-    record = {"command": command, "config": asdict(config), "sources": sources, "versions": versions(),
-              "device": str(mx.default_device()), "git": git_revision(), "seed": config.seed}
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"can't write in {run_dir}: {error.strerror}; choose another output_dir") from error
-
-
 def train_command(args):
     """Train by GRPO (or, as `sft`, on demonstrations): what the configuration says, from one command."""
     from mlx_grpo.files import check_free_space
@@ -2313,6 +2272,7 @@ def train_command(args):
     config, sources = load_config(args.config, args.set)
     rewards = find_rewards(config.rewards, config.reward_options)    # a typo is told before the model is loaded
     run_dir, checkpoint, config = find_run_dir(config, args.resume)
+    config, memory = after_death(run_dir, config)
     train, held_out = load_problems(config)
     model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
     options = {"run_dir": run_dir}
@@ -2320,7 +2280,7 @@ def train_command(args):
         trainer = SFTTrainer(model, tokenizer, config, train, held_out, **options)
     else:
         trainer = MLXGRPOTrainer(model, tokenizer, rewards, config, train, held_out, **options)
-    with run_lock(run_dir):
+    with run_lock(run_dir), trainer.phase.kept_in(run_dir, memory):
         if checkpoint:
             trainer.load_checkpoint(checkpoint)
         else:

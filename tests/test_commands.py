@@ -64,7 +64,7 @@ def weights(directory):
 def test_a_run_leaves_its_configuration_log_report_and_checkpoints(first_run):
     _, run = first_run
     assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "completions.jsonl", "eval_completions.jsonl", "report.html",
-                                               "checkpoint-2", "checkpoint-4", "checkpoint-last", ".lock"}
+                                               "run_state.json", "checkpoint-2", "checkpoint-4", "checkpoint-last", ".lock"}
     record = json.loads((run / "config.json").read_text())
     assert record["config"].keys() == OPTIONS.keys() == record["sources"].keys()
     assert record["config"]["max_steps"] == 4 and record["sources"]["max_steps"] == "--set"

@@ -20,10 +20,11 @@ from mlx_grpo import UserError, cast_floats, extract_answer, finite_or_none, lor
 OLD_POLICY, REFERENCE, WINDOW = "old_policy.safetensors", "reference.safetensors", "rollouts.safetensors"
 
 
-def save_checkpoint(path, learner, tokenizer, state, extra):
+def save_checkpoint(path, learner, tokenizer, state, extra, phase):
     """Write a model directory with float32 weights (model.safetensors, sharded when large; config.json; tokenizer;
     generation_config.json), or adapters in mlx-lm's format, and optimizer.safetensors and trainer_state.json; the
-    manifest last; under a temporary name, then rename it. Raises UserError where it can't be written."""
+    manifest last; under a temporary name, then rename it. phase: the run's RunState. Raises UserError where it can't be
+    written."""
     from mlx_grpo.files import atomic_directory
     from mlx_grpo.manifest import write_manifest
 
@@ -31,6 +32,7 @@ def save_checkpoint(path, learner, tokenizer, state, extra):
         with atomic_directory(path, replace=True) as work:
             write_checkpoint(work, learner, tokenizer, state, extra)
             write_manifest(work)
+            phase("rename")
     except OSError as error:
         raise UserError(f"can't save {path}: {error.strerror or error}; earlier checkpoints are as they were: make room and go "
                         "on with --resume") from error

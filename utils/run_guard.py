@@ -44,12 +44,25 @@ def run_lock(run_dir):
         yield
 
 
+def in_use(run_dir):
+    """Whether a living process holds the run directory."""
+    try:
+        with open(Path(run_dir) / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def stop_on_signals(trainer):
     """SIGINT and SIGTERM let the step finish, after which the trainer saves a checkpoint and stops; a second one ends the
     process at once, which leaves what is on disk whole as well."""
     def handle(number, frame):
         if trainer.interrupted:
+            trainer.phase.end("stopped")
             os._exit(128 + number)
         trainer.interrupted = number
         print(f"{signal.Signals(number).name}: finishing the step, then saving; once more to end at once", file=sys.stderr, flush=True)
@@ -63,9 +76,9 @@ def stop_on_signals(trainer):
 
 
 def checkpoints_of(run_dir):
-    """The checkpoint-N directories of a run with a trainer state, oldest first, whole or not; links left out."""
-    found = [p for p in Path(run_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return sorted((p for p in found if (p / "trainer_state.json").exists()), key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    """The checkpoint-N directories of a run, oldest first, whole or not; links left out."""
+    found = [p for p in Path(run_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
 def newest_valid(run_dir):
