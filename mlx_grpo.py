@@ -2239,6 +2239,7 @@ class SFTTrainer(MLXGRPOTrainer):
 
 # ---- evaluation, checkpoints, run log --------------------------------------------------------------------------------
 
+from mlx_grpo.eval_rollouts import eval_rollouts, evaluate, right_answers  # noqa: E402
 from mlx_grpo.manifest import check_manifest  # noqa: E402
 from mlx_grpo.run_files import (  # noqa: E402
     OLD_POLICY, REFERENCE, WINDOW, RunLog, load_checkpoint, read_metrics, save_arrays, save_checkpoint, save_tokenizer,
@@ -2248,20 +2249,6 @@ from mlx_grpo.run_guard import (  # noqa: E402
     check_same_run, checkpoints_of, newest_valid, point_to, prune, run_lock, stop_on_signals)
 from mlx_grpo.run_dir import find_run_dir, write_run_config  # noqa: E402
 from mlx_grpo.run_state import RunState  # noqa: E402
-
-
-def evaluate(model, tokenizer, problems, config):
-    """({"exact_match", "mean_length", "clipped_ratio"}, [completion text]): one completion for each problem with the
-    training prompt, greedy unless eval_temperature; exact match is numeric-aware (same_answer)."""
-    rollouts = sample_completions(
-        model, tokenizer, problems, config, num_generations=1, step=0, stream=EVAL,
-        sampling=Sampling(config.eval_temperature, stop=tuple(config.stop), max_new_tokens=config.eval_max_new_tokens))
-    texts = [r.texts[0] for r in rollouts]
-    right = [same_answer(extract_answer(text), p.answer) for text, p in zip(texts, problems)]
-    lengths = completion_metrics(rollouts)
-    return {"exact_match": float(np.mean(right)), "mean_length": lengths["completions/mean_length"],
-            "clipped_ratio": lengths["completions/clipped_ratio"]}, texts
-
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 

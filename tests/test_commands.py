@@ -287,8 +287,9 @@ def test_eval_gives_the_exact_match_that_training_logged(first_run, capsys):
         assert main(["eval", *options(str(run / "checkpoint-4"), "unused"), "--output", "scores.json"]) == 0
     told = capsys.readouterr().out
     scores = json.loads(open("scores.json", encoding="utf-8").read())
-    assert scores["exact_match"] == logged["eval/exact_match"] and scores["mean_length"] == logged["eval/mean_length"]
-    assert f"exact match {scores['exact_match']:.3f} on 4 held-out problems" in told and len(scores["problems"]) == 4
+    value = {name: metric["value"] for name, metric in scores["metrics"].items()}
+    assert value["exact_match"] == logged["eval/exact_match"] and value["mean_length"] == logged["eval/mean_length"]
+    assert f"exact match {value['exact_match']:.3f} on 4 held-out problems" in told and len(scores["problems"]) == 4
     assert not os.path.exists("unused")
 
 
@@ -300,7 +301,7 @@ def test_eval_counts_numerically_equal_answers(tmp_path, capsys, monkeypatch):
     by_hand = [same_answer(r["completion"].rpartition("<answer>")[2].partition("</answer>")[0], r["answer"])
                for r in rows["problems"]]
     assert [r["correct"] for r in rows["problems"]] == by_hand
-    assert rows["exact_match"] == pytest.approx(sum(by_hand) / 40)
+    assert rows["metrics"]["exact_match"]["value"] == pytest.approx(sum(by_hand) / 40)
     assert all("<answer>" in r["completion"] for r in rows["problems"])
 
 
