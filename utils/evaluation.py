@@ -64,7 +64,7 @@ def run(args):
 
 def settings_of(config, args):
     """What two results must share to be compared, beside their problems. Raises UserError for arguments that contradict."""
-    rewards, n = find_rewards(config.rewards), args.samples
+    rewards, n = find_rewards(config.rewards, config.reward_options), args.samples
     if not 0 <= n <= MOST_SAMPLES:
         raise UserError(f"--samples {n}: use 1 to {MOST_SAMPLES}, or leave it out for the greedy completion alone")
     if n == 0 and (args.k or args.temperature is not None):
@@ -78,7 +78,8 @@ def settings_of(config, args):
         raise UserError(f"--correct {args.correct}: expected REWARD:LEAST, with one of {', '.join(rewards)}{nearest(name, rewards)} "
                         "and a number")
     sampling = train_sampling(replace(config, temperature=args.temperature or config.temperature))
-    shared = {"seed": config.seed, "rewards": list(rewards), "reward_weights": config.reward_weights, "correct": args.correct,
+    shared = {"seed": config.seed, "rewards": list(rewards), "reward_weights": config.reward_weights,
+              "reward_options": config.reward_options, "correct": args.correct,
               "eval_temperature": config.eval_temperature, "eval_max_new_tokens": config.eval_max_new_tokens,
               "stop": config.stop, "response_prefix": config.response_prefix, "samples": n}
     drawn = {name: vars(sampling)[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
@@ -187,7 +188,7 @@ def judged(rollouts, config, correct):
     answer), length in tokens, whether it ended by itself, rewards."""
     if not rollouts:
         return []
-    functions = find_rewards(config.rewards)
+    functions = find_rewards(config.rewards, config.reward_options)
     scorer = Scorer(functions, config.reward_weights, config.on_reward_error, config.max_reward_errors)
     scores, _, _ = scorer(rollouts, argparse.Namespace(global_step=0, max_steps=0, epoch=0.0))
     totals, found, row = weighted_rewards(scores, scorer.weights), [], 0
