@@ -239,6 +239,7 @@ class MLXGRPOConfig:
     logging_steps: int = opt(1, "steps between lines on the terminal", low=0)
     log_jsonl: bool = opt(True, "write metrics.jsonl and completions.jsonl")
     log_token_details: int = opt(4, "completions a step whose tokens and log-probs are logged, for the report", low=0)
+    callbacks: list[str] = opt([], '"my_hooks.py:EarlyStop": your own code at the events of a run (docs/hooks.md)')
     save_total_limit: int = opt(0, "whole checkpoints to keep, beside the last and the best; 0 = all", low=0)
     save_best: str = opt("", 'metric whose best value so far saves a checkpoint, "eval/exact_match" for instance; empty = none')
     max_bad_steps: int = opt(0, "batches that are not finite at full precision and are left out, before the run stops", low=0)
@@ -1548,22 +1549,8 @@ def merge_metrics(parts):
 
 # ---- trainer ---------------------------------------------------------------------------------------------------------
 
+from mlx_grpo.hooks import TrainerCallback, find_callbacks  # noqa: E402, F401
 from mlx_grpo.learner import Learner, checkpointed_blocks, clip_gradients, lora_parameters, prepare_trainable  # noqa: E402
-
-
-class TrainerCallback:
-    """Hooks for people who want their own loop around ours; override what you need. `trainer` is the MLXGRPOTrainer,
-    `metrics` the step's dictionary, which may be added to. Return True from on_step_end to stop training."""
-
-    def on_gradients(self, trainer, gradients):
-        """The step's gradients (a tree of float32 arrays) before clipping; return them, changed or not."""
-        return gradients
-
-    def on_train_begin(self, trainer): ...
-    def on_step_end(self, trainer, metrics): ...
-    def on_evaluate(self, trainer, metrics): ...
-    def on_save(self, trainer, path): ...
-    def on_train_end(self, trainer): ...
 
 
 def learning_rate_at(step, total, config):
@@ -1603,11 +1590,13 @@ class MLXGRPOTrainer:
     model, tokenizer: as load_model returns them. reward_funcs: names from REWARDS, "file.py:function", or callables
     under TRL's signature. train_dataset, eval_dataset: Problems, or rows (dictionaries) with args.prompt_column and
     args.answer_column. rollout_func(trainer, problems) -> [Rollout] replaces the sampler. teacher: a model to distil
-    from (default: args.teacher_model). run_dir: where checkpoints and logs go; None = output_dir/run_name."""
+    from (default: args.teacher_model). callbacks: TrainerCallbacks; None = args.callbacks. run_dir: where checkpoints and
+    logs go; None = output_dir/run_name."""
 
     def __init__(self, model, tokenizer, reward_funcs, args, train_dataset, eval_dataset=None, *, rollout_func=None,
-                 teacher=None, callbacks=(), run_dir=None):
-        self.args, self.tokenizer, self.callbacks = args, tokenizer, callbacks
+                 teacher=None, callbacks=None, run_dir=None):
+        self.args, self.tokenizer = args, tokenizer
+        self.callbacks = find_callbacks(args.callbacks if callbacks is None else callbacks)
         check_loss(args.loss_type)
         self.scorer = Scorer(find_rewards(reward_funcs, args.reward_options), args.reward_weights, args.on_reward_error,
                              args.max_reward_errors)
@@ -1665,6 +1654,7 @@ class MLXGRPOTrainer:
         self.step_count += 1
         if pending:
             self.log.completions(self.step_count, *pending, self.token_details(pending[0]))
+            self.notify("on_rollouts", pending[0], *pending[3:5])
         if self.step_count % self.update_every == 0:                                           # 5. model_old <- model
             self.sync_old(calm=True)
         if self.args.ref_sync_steps and self.step_count % self.args.ref_sync_steps == 0:
@@ -2258,11 +2248,12 @@ def train_command(args):
 
     config, sources = load_config(args.config, args.set)
     rewards = find_rewards(config.rewards, config.reward_options)    # a typo is told before the model is loaded
+    callbacks = find_callbacks(config.callbacks)
     run_dir, checkpoint, config = find_run_dir(config, args.resume)
     config, memory = after_death(run_dir, config)
     train, held_out = load_problems(config)
     model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
-    options = {"run_dir": run_dir}
+    options = {"run_dir": run_dir, "callbacks": callbacks}
     if args.command == "sft":
         trainer = SFTTrainer(model, tokenizer, config, train, held_out, **options)
     else:

@@ -32,6 +32,12 @@ class MyLoader(BaseModelLoader):
         return model, config
 """
 BROKEN = "def broken(completions):\n    return [1 / 0] * len(completions)\n"
+STOPS = """
+from mlx_grpo import TrainerCallback
+class Stops(TrainerCallback):
+    def on_step_end(self, trainer, metrics):
+        return True
+"""
 ROWS = [{"question": f"{i}+{i}", "task": f"twice {i}", "answer": str(2 * i), "gold": f"={2 * i}", "demo": "double"}
         for i in range(20)]
 MOVING = dict(max_steps=3, update_every=3, learning_rate=0.02)      # the policy leaves the one that it samples from
@@ -47,6 +53,7 @@ def files(tmp_path_factory):
     (custom / "model.py").write_text("from mlx_lm.models.qwen2 import Model, ModelArgs\n")
     (directory / "my_loader.py").write_text(MY_LOADER)
     (directory / "broken.py").write_text(BROKEN)
+    (directory / "stops.py").write_text(STOPS)
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return directory
 
@@ -281,6 +288,7 @@ TABLE = {
     "weight_decay": (moved, 0.9, {}), "decay_all": (moved, True, {"weight_decay": 0.9}),
     "use_compile": (of_run(lambda run: run.counts["compile"] > 0), True, {"use_compile": False, "max_steps": 1}),
     "logging_steps": (printed, 2, {"max_steps": 3}), "log_jsonl": (of_run(lambda run: run.files), False, {}),
+    "callbacks": (step_count, ["stops.py:Stops"], {"max_steps": 3}),
     "log_token_details": (of_run(lambda run: sum("token_texts" in r for r in run.completions)), 1, {}),
     "save_steps": (of_run(lambda run: run.files), 1, {"max_steps": 2}),
     "save_total_limit": (of_run(lambda run: run.files), 1, {"max_steps": 4, "save_steps": 1}),

@@ -1,0 +1,52 @@
+"""
+Hooks into a run, for people who want their own code around ours (docs/hooks.md). Part of mlx_grpo, which gives these
+names out again.
+"""
+
+from mlx_grpo import ConfigError, load_symbol
+
+
+class TrainerCallback:
+    """Override what you need. `trainer` is the MLXGRPOTrainer; `metrics` is the dictionary that becomes a line of
+    metrics.jsonl and may be added to (numbers, texts, lists). What is raised here stops the run with its traceback."""
+
+    def on_train_begin(self, trainer):
+        """Before the first step, also of a run that is resumed: trainer.step_count steps are done."""
+
+    def on_rollouts(self, trainer, rollouts, rewards, advantages):
+        """After a step that sampled. rollouts: [Rollout], P of them; rewards (B,) float64, weighted, NaN = not scorable;
+        advantages (P, G). Steps that reuse a rollout batch (num_iterations, minibatches) don't call it."""
+
+    def on_gradients(self, trainer, gradients):
+        """The step's gradients (a tree of float32 arrays) before clipping; return them, changed or not."""
+        return gradients
+
+    def on_step_end(self, trainer, metrics):
+        """After the update and the evaluation that was due, before both are logged. Return True to save and stop."""
+
+    def on_evaluate(self, trainer, metrics):
+        """After an evaluation; `metrics` holds its values alone. The one before the first step has step_count 0."""
+
+    def on_save(self, trainer, path):
+        """After a checkpoint was written to the directory `path`, whole."""
+
+    def on_train_end(self, trainer):
+        """After the last step, however the run ended, unless by an exception."""
+
+
+def find_callbacks(specs):
+    """[TrainerCallback] of "file.py:name" specs, where the name is a class to be made without arguments or an object, or
+    of objects, which are kept as they are. Raises ConfigError."""
+    found = []
+    for spec in specs:
+        callback = load_symbol(spec, "callback") if isinstance(spec, str) else spec
+        if isinstance(callback, type) and issubclass(callback, TrainerCallback):
+            try:
+                callback = callback()
+            except TypeError as error:
+                raise ConfigError(f"callback {spec!r}: {error}; make an object of it in the file and name that") from error
+        if not isinstance(callback, TrainerCallback):
+            kind = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+            raise ConfigError(f"callback {spec!r}: {kind} is no TrainerCallback (from mlx_grpo import TrainerCallback)")
+        found.append(callback)
+    return found
