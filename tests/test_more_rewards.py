@@ -150,10 +150,12 @@ MATHS = [("1/2", "0.5", 1), (r"\frac{1}{2}", "$0.5$", 1), ("4", r"So it is \boxe
 def test_math_verify_sees_equal_mathematics_in_any_thread():
     require("math_verify")
     texts = [text if extract_answer(text) else f"<answer>{text}</answer>" for _, text, _ in MATHS]
+    texts += ["4", "The answer is 4", r"The answer is \boxed{4}", "Is 4 more than 3?"]
+    more = [("4", "", 1), ("4", "", 0), ("4", "", 1), ("3", "", 0)]         # a number in a sentence is no answer
     function = find_rewards(["math_verify"])["math_verify"]
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(function, completions=texts, answer=[gold for gold, *_ in MATHS], log_metric=None).result()
-    assert found == [value for *_, value in MATHS]
+        found = pool.submit(function, completions=texts, answer=[gold for gold, *_ in MATHS + more], log_metric=None).result()
+    assert found == [value for *_, value in MATHS + more]
 
 
 def test_a_comparison_that_hangs_or_dies_is_ended_and_the_others_go_on(tmp_path, monkeypatch):

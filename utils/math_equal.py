@@ -15,6 +15,8 @@ import threading
 
 SPARE, START = 2.0, 60.0        # seconds that a worker may be late, and may take to start, before it is ended
 
+WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")       # not \frac
+
 
 def make_reward(timeout):
     """The reward function of mlx_grpo.more_rewards.math_verify. Raises ConfigError where math-verify isn't installed."""
@@ -28,12 +30,18 @@ def make_reward(timeout):
 
     def score(completions, answer, log_metric, **_):
         texts = [completion_text(c) for c in completions]
-        pairs = [(gold, extract_answer(text) or text) for text, gold in zip(texts, answer)]
+        pairs = [(gold, extract_answer(text) or stated(text)) for text, gold in zip(texts, answer)]
         found, late = worker.compare(pairs)
         if late:
             log_metric("math_verify/timeouts", late)
         return [None if same is None else float(same) for same in found]
     return score
+
+
+def stated(text):
+    """What a completion without tags states as its answer: its \\boxed{}, or all of it if it is a bare formula; not just any
+    number in it, which a copied prompt holds as well."""
+    return text if "\\boxed" in text or not WORDS.search(text) else ""
 
 
 class Worker:
@@ -89,7 +97,7 @@ def main(timeout):
     def read(text):
         """What the text holds as mathematics. Marks ($, \\boxed) or words make it a text with a formula somewhere, else it is
         a formula, of which math-verify would see only the last number."""
-        prose = re.search(r"\$|\\boxed|\\\(|\\\[|(?<![\\A-Za-z])[A-Za-z]{2,}", text)
+        prose = re.search(r"\$|\\boxed|\\\(|\\\[", text) or WORDS.search(text)
         return parse(text if prose else f"${text}$", parsing_timeout=seconds)
 
     for line in sys.stdin:
