@@ -111,7 +111,9 @@ def test_a_fenced_block_goes_before_the_answer_and_the_last_before_the_others():
 # ---- length and repetition, by the formulas
 
 def test_overlong_falls_over_the_last_cache_tokens_as_trl_has_it():
-    rewards = require("trl").rewards
+    require("trl")
+    from trl import rewards
+
     texts = ["w " * n for n in range(13)]
     assert score("overlong", *texts, max_length=10, cache=4) == [0] * 7 + [-0.25, -0.5, -0.75, -1, -1, -1]
     theirs = rewards.get_soft_overlong_punishment(max_completion_len=10, soft_punish_cache=4)
@@ -119,7 +121,9 @@ def test_overlong_falls_over_the_last_cache_tokens_as_trl_has_it():
 
 
 def test_repetition_is_the_share_of_repeated_ngrams_as_trl_has_it():
-    rewards = require("trl").rewards
+    require("trl")
+    from trl import rewards
+
     texts = ["a b a b a b", "a a a a a", "a b c", "a b", "", "a b c a b c"]
     by_hand = [-(1 - 2 / 4), -(1 - 1 / 3), 0, 0, 0, -(1 - 3 / 4)]
     assert score("repetition", *texts) == pytest.approx(by_hand)
@@ -160,8 +164,16 @@ def test_math_verify_sees_equal_mathematics_in_any_thread():
 
 def test_a_comparison_that_hangs_or_dies_is_ended_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr("mlx_grpo.math_equal.SPARE", 0.3)
-    (tmp_path / "worker.py").write_text("import sys, time\nfor line in sys.stdin:\n    if 'hang' in line:\n        time.sleep(60)\n"
-                                        "    if 'die' in line:\n        sys.exit(1)\n    print('true', flush=True)\n")
+    (tmp_path / "worker.py").write_text("""
+import sys, time
+def main(timeout):
+    for line in sys.stdin:
+        time.sleep(60 * ("hang" in line))
+        if "die" in line:
+            sys.exit(1)
+        print("true", flush=True)
+""")
     monkeypatch.setattr("mlx_grpo.math_equal.START", 2)
     worker = Worker(0.1, tmp_path / "worker.py")
-    assert worker.compare([("a", "b"), ("a", "hang"), ("a", "b"), ("a", "die"), ("a", "b")]) == ([True, False, True, False, True], 2)
+    pairs = [("a", "b"), ("a", "hang"), ("a", "b"), ("a", "die"), ("a", "b")]
+    assert worker.compare(pairs) == ([True, False, True, False, True], 2)

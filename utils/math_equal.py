@@ -1,8 +1,6 @@
 """
 Whether two answers are the same mathematics, by math-verify, in a process of its own: its time limits are signals, which
 work only in a main thread, and rewards may be scored in another; a comparison that hangs can be ended.
-
-    worker: python math_equal.py TIMEOUT    reads lines ["gold", "answer"], writes true, false or null (gold is no mathematics)
 """
 
 import json
@@ -51,8 +49,9 @@ class Worker:
         self.timeout, self.script, self.lock, self.process = timeout, script, threading.Lock(), None
 
     def start(self):
-        self.process = subprocess.Popen([sys.executable, "-I", self.script, str(self.timeout)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        code = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](float(sys.argv[2]))"
+        self.process = subprocess.Popen([sys.executable, "-I", "-c", code, self.script, str(self.timeout)], text=True,
+                                        encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.replies = queue.SimpleQueue()
         threading.Thread(target=forward, args=(self.process.stdout, self.replies), daemon=True).start()
 
@@ -88,6 +87,7 @@ def forward(lines, replies):
 
 
 def main(timeout):
+    """The worker: reads lines ["gold", "answer"], writes true, false, or null where the gold answer is no mathematics."""
     from math_verify import parse, verify
     from math_verify.errors import TimeoutException
 
@@ -108,7 +108,3 @@ def main(timeout):
         except TimeoutException:
             same = False
         print(json.dumps(same), flush=True)
-
-
-if __name__ == "__main__":
-    main(float(sys.argv[1]))
