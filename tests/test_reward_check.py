@@ -2,10 +2,12 @@
 
 import json
 import random
+import re
+import shlex
 
 import pytest
 from conftest import ROOT
-from mlx_grpo import UserError, main, same_answer
+from mlx_grpo import REWARDS, UserError, main, reward_findings, same_answer
 from mlx_grpo.reward_probes import FORMS, fill, wrong_answer
 from tiny_models import sets, tiny_qwen2
 
@@ -163,3 +165,29 @@ def test_a_wrong_answer_is_wrong_and_looks_alike():
     for gold in ("4", "-3", "9", "1,000", "kavot", "1 1 3 5 9", "(14-(5+2))*8", "z", "?", "1/2", *(str(rng.random()) for _ in range(20))):
         assert not same_answer(wrong_answer(gold), gold), gold
     assert fill(FORMS["boxed"], "{4}", "r") == "r\n\\boxed{{4}}"
+
+
+# ---- docs/rewards.md
+
+PAGE = (ROOT / "docs" / "rewards.md").read_text()
+
+
+def test_the_commands_of_the_guide_run_and_print_what_it_shows(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = [line.partition("#")[0] for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
+    assert len(commands) >= 3
+    for command in commands:
+        words = shlex.split(command)
+        assert words[:2] == ["python", "mlx_grpo.py"]
+        main(words[2:])
+    shown = re.search(r"```\n(total: .*?)```", PAGE, re.S)[1]
+    assert capsys.readouterr().out.endswith(shown)
+
+
+def test_the_guide_names_every_built_in_its_options_and_every_flag():
+    for name, function in REWARDS.items():
+        row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
+        assert callable(function) or all(f"`{option}`" in row for option in function.options), name
+    for line in reward_findings.__doc__.splitlines():
+        if code := re.match(r"    ([a-z-]+)  +[^ ]", line):
+            assert f"`{code[1]}`" in PAGE or code[1] == "code"
