@@ -11,7 +11,7 @@ Different from the paper: rewards are rules, not a learned model.
 
     python mlx_grpo.py --config configs/prod.toml --set num_generations=16
     python mlx_grpo.py eval --config configs/prod.toml --set model_name=outputs/run/checkpoint-500
-    python mlx_grpo.py {train,sft,eval,rewards,plan,report} --help
+    python mlx_grpo.py {train,sft,eval,rewards,plan,report,sweep} --help
 
 Shape letters: P prompts, G completions per prompt, B = P*G rows, L prompt tokens, T completion tokens, V vocabulary,
 C hidden width. Token ids that were sampled are trained on as they are: text is decoded for rewards and people, and
@@ -2339,6 +2339,7 @@ COMMANDS = {   # name: (module with add_arguments(parser) and run_command's func
     "rewards": ("reward_check", "list and explain the reward functions"),
     "plan": ("plan", "options with their sources, parameters and memory"),
     "report": ("report", "a run, or several, as one HTML page"),
+    "sweep": ("sweep", "a grid or random search over options"),
 }
 
 
@@ -2354,7 +2355,8 @@ def make_parser(chosen=None):
         tool = importlib.import_module(f"mlx_grpo.{module}") if module else None
         add_arguments, function = (tool.add_arguments, tool.run) if tool else (add_train_arguments, train_command)
         add_arguments(sub)
-        sub.description = inspect.getdoc(function)
+        sub.description, _, sub.epilog = (inspect.getdoc(function) + "\n").partition("\n\nexamples:\n")
+        sub.epilog = "examples:\n" + sub.epilog if sub.epilog else None
         sub.set_defaults(function=function)
     return parser
 

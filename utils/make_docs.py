@@ -9,6 +9,7 @@ What the declarations don't say stands here: the sections, ranges worth trying, 
 import argparse
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -80,10 +81,11 @@ SOURCES = {
 def toml(value):
     """A value as TOML writes it, which is how a user writes it."""
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {toml(v)}" for key, v in value.items()) + " }" if value else "{}"
+        bare = lambda key: key if re.fullmatch("[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+        return "{ " + ", ".join(f"{bare(key)} = {toml(v)}" for key, v in value.items()) + " }" if value else "{}"
     if isinstance(value, list):
         return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def cell(text):

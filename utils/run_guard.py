@@ -24,25 +24,26 @@ FREE_TO_CHANGE = {
 
 
 @contextlib.contextmanager
-def run_lock(run_dir):
-    """Hold a run directory (made if need be) for this process. The lock is the kernel's and dies with the process.
-    Raises UserError where another process holds it or the directory can't be written."""
+def run_lock(run_dir, other="output_dir", name="--set run_name=NAME"):
+    """Hold a run directory (made if need be) for this process; yields the open lock file. The lock is the kernel's and dies
+    with the process, and with every process that inherited the file. Raises UserError, naming the options `other` and
+    `name` as the way out, where another process holds it or the directory can't be written."""
     try:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         file = open(Path(run_dir) / ".lock", "a+")
     except OSError as error:
-        raise UserError(f"can't write in {run_dir}: {error.strerror}; choose another output_dir") from error
+        raise UserError(f"can't write in {run_dir}: {error.strerror}; choose another {other}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise UserError(f"{run_dir} is in use by process {file.read().strip() or '?'}; wait for it, or choose another "
-                            "--set run_name=NAME") from error
+                            f"{name}") from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        yield file
 
 
 def in_use(run_dir):
