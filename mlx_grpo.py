@@ -50,7 +50,9 @@ from mlx_grpo import linux_blas  # noqa: E402, F401  before mlx.core; see there
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx.utils import tree_flatten, tree_map  # noqa: E402
+from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
+
+from mlx_grpo import backend  # noqa: E402
 
 R1_SYSTEM_PROMPT = """Respond in the following format:
 <reasoning>
@@ -135,7 +137,9 @@ class MLXGRPOConfig:
     repetition_penalty: float = opt(1.0, "divides the logits of tokens already in the context; 1 = off", above=0)
     stop: list[str] = opt([], 'texts that end a completion, ["</answer>"] for instance')
     response_prefix: str = opt("", "put before every completion: not sampled, not trained, seen by the rewards")
-    rollout_batch_size: int = opt(256, "rows decoded together, in whole groups (at least one)", low=1)
+    rollout_batch_size: int = opt(256, "rows decoded together; others wait until one of them ends. It bounds the memory of keys "
+                                  "and values, and changes no result", low=1)
+    kv_bits: int = opt(0, "bits of the keys and values of rollouts; 0 = the compute dtype", choices=(0, 2, 3, 4, 6, 8))
     quantize_for_rollouts: bool | str = opt(False, 'sample from a quantised copy; "auto" = only up to 20 layers',
                                             choices=(True, False, "auto"))
     rollout_bits: int | list[int] = opt(4, "bits of the quantised copy: 2, 3, 4, 6 or 8; a list is a ladder to climb "
@@ -213,6 +217,10 @@ class MLXGRPOConfig:
     lora_dropout: float = opt(0.0, "in the trained pass; the old log-probs are scored with the same mask", low=0, high=0.99)
     lora_layers: int = opt(-1, "adapted blocks, counted from the last; -1 = all (mlx-lm's num_layers)", low=-1)
     lora_keys: list[str] = opt([], 'adapted modules, ["self_attn.q_proj"] for instance; empty = all linear ones in a block')
+    prefix_sharing: str = opt("auto", "compute the prompt of a group once for all of its completions; auto: where the model "
+                              "allows it and it saves a fifth of the tokens", choices=("auto", "on", "off"))
+    max_tokens_per_microbatch: int = opt(0, "padded tokens of a forward and backward pass, rows of like length together; 0 = "
+                                         "batch_size prompts in one pass. Changes memory, not results", low=0)
     gradient_checkpointing: bool = opt(False, "recompute each block in the backward pass: less memory, a third more time")
     batch_size: int = opt(1, "prompts in one forward and backward pass", low=1)
     gradient_accumulation_steps: int = opt(4, "such passes in one step", low=1)
@@ -930,111 +938,201 @@ def draw(logits, uniforms, sampling, seen=None):
     logits = logits.astype(mx.float32)     # bf16 log-softmax is off by 1e-2 nats, the size of a real log-ratio
     if seen is not None:
         logits = penalised(logits, seen, sampling.repetition_penalty)
-    z = logits / sampling.temperature if sampling.temperature else logits
+    z = logits / sampling.temperature if sampling.temperature not in (0, 1) else logits
     z = z - z.max(axis=-1, keepdims=True)
     if not sampling.temperature:
         tokens = mx.argmax(z, axis=-1)
-        return tokens, mx.take_along_axis(z, tokens[:, None], axis=-1)[:, 0] - mx.log(mx.exp(z).sum(axis=-1)), None
-    order = mx.argsort(-z, axis=-1) if sampling.truncated else None
-    if sampling.truncated:
-        z = mx.take_along_axis(z, order, axis=-1)                              # best first
-    weights = mx.exp(z)
-    if sampling.truncated:
-        rank, inside = mx.arange(z.shape[-1]), mx.ones(z.shape, dtype=mx.bool_)
-        if sampling.top_k:
-            inside = mx.broadcast_to(rank < sampling.top_k, z.shape)
-        if sampling.top_p < 1:
-            so_far = mx.cumsum(mx.where(inside, weights, 0), axis=-1)
-            inside = inside & (so_far - weights < sampling.top_p * so_far[:, -1:])
-        if sampling.min_p:
-            inside = inside & (weights >= sampling.min_p * weights[:, :1])
-        weights = mx.where(inside | (rank == 0), weights, 0)
-    cumulative = mx.cumsum(weights, axis=-1)
-    reached = cumulative >= uniforms[:, None] * cumulative[:, -1:]             # true at the end, as uniforms are below 1
-    places = mx.argmax(reached, axis=-1)[:, None]
-    logprobs = mx.take_along_axis(z, places, axis=-1)[:, 0] - mx.log(weights.sum(axis=-1))
+        return tokens, mx.take_along_axis(z, tokens[:, None], axis=-1)[:, 0] - mx.log(backend.exp(z).sum(axis=-1)), None
     if not sampling.truncated:
-        return places[:, 0], logprobs, None
-    tokens = mx.take_along_axis(order, places, axis=-1)[:, 0]
+        tokens, total = invert(backend.exp(z), uniforms)
+        return tokens, mx.take_along_axis(z, tokens[:, None], axis=-1)[:, 0] - mx.log(total), None
+    order = mx.argsort(-z, axis=-1)
+    z = mx.take_along_axis(z, order, axis=-1)                                  # best first
+    weights, rank, inside = backend.exp(z), mx.arange(z.shape[-1]), mx.ones(z.shape, dtype=mx.bool_)
+    if sampling.top_k:
+        inside = mx.broadcast_to(rank < sampling.top_k, z.shape)
+    if sampling.top_p < 1:
+        so_far = mx.cumsum(mx.where(inside, weights, 0), axis=-1)
+        inside = inside & (so_far - weights < sampling.top_p * so_far[:, -1:])
+    if sampling.min_p:
+        inside = inside & (weights >= sampling.min_p * weights[:, :1])
+    weights = mx.where(inside | (rank == 0), weights, 0)
+    places, total = invert(weights, uniforms)
+    logprobs = mx.take_along_axis(z, places[:, None], axis=-1)[:, 0] - mx.log(total)
+    tokens = mx.take_along_axis(order, places[:, None], axis=-1)[:, 0]
     if 0 < sampling.top_k <= KEPT_IDS:
         return tokens, logprobs, mx.where(weights > 0, order.astype(mx.int32), -1)[:, :sampling.top_k]
     kept = mx.put_along_axis(mx.zeros(z.shape, dtype=mx.bool_), order, weights > 0, axis=-1)
     return tokens, logprobs, kept
 
 
+def invert(weights, uniforms, width=128):
+    """(the first place where the running sum of the weights reaches uniform * total (B,), total (B,)), weights (B, V): found
+    in two steps, first the block of `width` tokens and then the token in it, so that V is summed up and not scanned."""
+    B, V = weights.shape
+    weights = mx.pad(weights, [(0, 0), (0, -V % width)]) if V % width else weights
+    sums = mx.cumsum(weights.reshape(B, -1, width).sum(axis=-1), axis=-1)      # (B, V / width)
+    target = uniforms[:, None] * sums[:, -1:]                                  # below the total, as uniforms are below 1
+    block = mx.argmax(sums >= target, axis=-1)[:, None].astype(mx.int32)
+    inside = mx.take_along_axis(weights, block * width + mx.arange(width), axis=-1)    # (B, width)
+    before = mx.where(block > 0, mx.take_along_axis(sums, mx.maximum(block - 1, 0), axis=1), 0)
+    running = mx.where(inside > 0, before + mx.cumsum(inside, axis=-1), -1)    # never a token without weight
+    last = width - 1 - mx.argmax(inside[:, ::-1] > 0, axis=-1)                 # where rounding leaves the sum below the target
+    place = mx.where(running.max(axis=-1) >= target[:, 0], mx.argmax(running >= target, axis=-1), last)
+    return block[:, 0] * width + place, sums[:, -1]
+
+
 KEPT_IDS = 64      # kept sets of up to this size are recorded as ids, larger ones as a bit for each token
 
 
-def prefill(model, prompt_ids, chunk=512):
-    """(cache, logits (1, V)) after one prompt of L tokens, in pieces of `chunk`."""
-    from mlx_lm.models.cache import make_prompt_cache
+def prefill(model, prompt_ids, kv_bits=0, chunk=512):
+    """(cache, logits (1, V)) after one prompt of L tokens, in pieces of `chunk`; kv_bits: then quantised, in groups of 64."""
+    from mlx_lm.models.cache import KVCache, make_prompt_cache
 
     cache = make_prompt_cache(model)
     tokens = mx.array([prompt_ids])
     for start in range(0, len(prompt_ids), chunk):
         logits = model(tokens[:, start:start + chunk], cache=cache)[:, -1]
         mx.eval(logits, [c.state for c in cache])
-    return cache, logits
+    if kv_bits and (odd := [type(layer).__name__ for layer in cache if type(layer) is not KVCache]):
+        raise ConfigError(f"kv_bits is {kv_bits}, and this model keeps a {odd[0]}, which can't be quantised; set kv_bits = 0")
+    return [layer.to_quantized(bits=kv_bits) for layer in cache] if kv_bits else cache, logits
 
 
 def map_cache(function, *caches):
     """A cache whose arrays (rows first) are function(arrays of the given caches); other state from the first one."""
     on_arrays = lambda first, *rest: function(first, *rest) if isinstance(first, mx.array) else first
-    return type(caches[0]).from_state(tree_map(on_arrays, caches[0].state, *[c.state for c in caches[1:]]))
+    made = type(caches[0]).from_state(tree_map(on_arrays, caches[0].state, *[c.state for c in caches[1:]]))
+    if hasattr(caches[0], "bits"):              # mlx-lm's quantised cache leaves these out of its state
+        made.bits, made.group_size = caches[0].bits, caches[0].group_size
+    return made
 
 
-def stack_caches(caches, lengths, num_generations):
-    """The caches of P prefilled prompts as one of P*G rows, each prompt G times in a row. Prompts of one length are
-    stacked; others are merged by mlx-lm's batch caches, padded on the left."""
-    if len(set(lengths)) == 1:
-        stacked = [map_cache(lambda *arrays: mx.concatenate(arrays, axis=0), *layer) for layer in zip(*caches)]
-    else:
-        stacked = [type(layer[0]).merge(list(layer)) for layer in zip(*caches)]
-    if num_generations > 1:
-        stacked = [map_cache(lambda a: mx.repeat(a, num_generations, axis=0), layer) for layer in stacked]
-    return stacked
+def stack_caches(caches, counts, mixed):
+    """The caches of some prefilled prompts as one, each prompt `counts` times in a row. mixed: prompts have different
+    lengths or rows join later, so mlx-lm's batch caches are used, padded on the left. Raises UserError for a cache
+    without one."""
+    if mixed and (odd := [layer for layer in caches[0] if not hasattr(layer, "merge")]):
+        raise UserError(f"prompts of different lengths can't share a batch in a {type(odd[0]).__name__}; set "
+                        "rollout_batch_size to num_generations")
+    join = (lambda layer: type(layer[0]).merge(list(layer))) if mixed else (
+        lambda layer: map_cache(lambda *arrays: mx.concatenate(arrays, axis=0), *layer))
+    rows = mx.array(np.repeat(np.arange(len(counts)), counts))
+    return [map_cache(lambda a: a[rows], join(layer)) for layer in zip(*caches)]
 
 
-def decode(model, cache, logits, uniforms, sampling, *, end_ids, seen=None, stopped=None):
-    """Sample one completion for each row of a prefilled cache; rows that have ended leave the batch once they are half
-    of it. logits (B, V), uniforms (B, max_new_tokens), seen (B, V) booleans, stopped(ids) -> whether a stop text occurs.
+class Decoder:
+    """Decodes rows of several prompts together, at most `at_once`: rows that have ended leave the batch, waiting ones
+    enter it, both once an eighth of the rows has ended. Each prompt is prefilled when its first row enters; the next
+    token is queued before the last one is read. prompts: [ids]; uniforms (B, max_new_tokens), num_generations rows for
+    each prompt; stopped(ids) -> whether a stop text occurs.
 
-    Returns (ids, logprobs, kept, ended): for each row an int and a float list, both (T_i,), the end token included; the
-    kept sets (T_i, ...) or None; and whether it ended by itself."""
-    B = logits.shape[0]
-    ids, logprobs, kept, ended = [[] for _ in range(B)], [[] for _ in range(B)], [[] for _ in range(B)], [False] * B
-    rows, done = np.arange(B), np.zeros(B, dtype=bool)      # rows in the batch, and whether each has ended
-    uniforms = mx.array(uniforms)
+    Row by row: ids and logprobs (T_i,), the end token included; kept, the kept sets (T_i, ...); ended, whether it ended
+    by itself."""
 
-    def next_tokens(logits, position, seen):
-        tokens, taken, sets = draw(logits, uniforms[:, position], sampling, seen)
+    def __init__(self, model, prompts, uniforms, sampling, *, end_ids, at_once, stopped=None, kv_bits=0):
+        self.model, self.prompts, self.uniforms, self.sampling = model, prompts, uniforms, sampling
+        self.end_ids, self.stopped, self.kv_bits = end_ids, stopped, kv_bits
+        B = len(uniforms)
+        self.G = B // len(prompts)
+        self.ids, self.logprobs, self.kept = ([[] for _ in range(B)] for _ in range(3))
+        self.ended, self.waiting, self.at_once = [False] * B, list(range(B)), at_once
+        self.prefilled = {}              # prompt -> (cache, logits), while rows of it wait
+        lengths = set(map(len, prompts))
+        self.mixed = not kv_bits and (len(lengths) > 1 or B > at_once)
+        self.rows, self.cache, self.state = np.zeros(0, dtype=int), None, None
+
+    def run(self, finished=lambda row: None):
+        """Decode every row; finished(row) is called as soon as one is done."""
+        while self.waiting or len(self.rows):
+            if not len(self.rows):
+                self.admit(np.zeros(0, dtype=bool))
+            position = np.array([len(self.ids[row]) for row in self.rows])
+            last = position + 1 >= self.sampling.max_new_tokens                     # rows that end here at the latest
+            tokens, taken, sets, seen = self.state
+            if not last.all():                             # queue the next token before this one is read
+                logits = self.model(tokens[:, None], cache=self.cache)[:, -1]
+                queued = self.next_tokens(logits, np.minimum(position + 1, self.sampling.max_new_tokens - 1), seen)
+            read_sets, done = pack_sets(sets), self.done
+            for i, (row, token, logprob) in enumerate(zip(self.rows.tolist(), tokens.tolist(), taken.tolist())):
+                if done[i]:
+                    continue
+                self.ids[row].append(token)
+                self.logprobs[row].append(logprob)
+                if read_sets is not None:
+                    self.kept[row].append(read_sets[i])
+                self.ended[row] = token in self.end_ids or (self.stopped is not None and self.stopped(self.ids[row]))
+                if self.ended[row] or last[i]:
+                    done[i] = True
+                    finished(row)
+            if last.all():
+                done[:] = True
+            if done.all():
+                self.rows = self.rows[:0]
+                continue
+            self.state = queued
+            if done.sum() * 8 >= len(done):                # moving the cache costs about one token for all of its rows
+                self.admit(~done)
+
+    def next_tokens(self, logits, position, seen):
+        """Draw a token for each row and start computing it; the state of the next turn."""
+        uniforms = mx.array(self.uniforms[self.rows, position])
+        tokens, taken, sets = draw(logits, uniforms, self.sampling, seen)
         if seen is not None:
             seen = mx.put_along_axis(seen, tokens[:, None], mx.array(True), axis=-1)
         mx.async_eval(tokens, taken)
         return tokens, taken, sets, seen
 
-    tokens, taken, sets, seen = next_tokens(logits, 0, seen)
-    for position in range(sampling.max_new_tokens):
-        if position + 1 < sampling.max_new_tokens:          # queue the next token before this one is read
-            queued = next_tokens(model(tokens[:, None], cache=cache)[:, -1], position + 1, seen)
-        read_sets = pack_sets(sets)
-        for i, (row, over, token, logprob) in enumerate(zip(rows, done, np.array(tokens), np.array(taken))):
-            if not over:
-                ids[row].append(int(token))
-                logprobs[row].append(float(logprob))
-                if read_sets is not None:
-                    kept[row].append(read_sets[i])
-                done[i] = ended[row] = int(token) in end_ids or (stopped is not None and stopped(ids[row]))
-        if done.all() or position + 1 == sampling.max_new_tokens:
-            break
-        tokens, taken, sets, seen = queued
-        if done.sum() * 2 >= len(done):         # compact: copying the cache pays for itself in a few tokens
-            keep = mx.array(np.flatnonzero(~done))
-            cache = [map_cache(lambda a: a[keep], layer) for layer in cache]
-            tokens, taken, uniforms = tokens[keep], taken[keep], uniforms[keep]
-            sets, seen = (None if a is None else a[keep] for a in (sets, seen))
-            rows, done = rows[~done], done[~done]
-    return ids, logprobs, [np.stack(sets) if sets else None for sets in kept], ended
+    def admit(self, stay):
+        """Keep the rows of the batch that `stay`, and fill up with waiting ones."""
+        fresh = self.entering(self.at_once - int(stay.sum()))
+        kept = self.rows[stay]
+        if len(kept):
+            keep = mx.array(np.flatnonzero(stay))
+            self.state = [None if a is None else a[keep] for a in self.state]
+            if len(kept) < len(stay):
+                self.cache = [drop_rows(layer, keep) for layer in self.cache]
+        if fresh:
+            prompts = list(dict.fromkeys(row // self.G for row in fresh))
+            counts = [sum(row // self.G == p for row in fresh) for p in prompts]
+            caches, logits = zip(*[self.prefilled[p] for p in prompts])
+            cache = stack_caches(caches, counts, self.mixed)
+            self.prefilled = {p: self.prefilled[p] for p in prompts[-1:] if self.waiting and self.waiting[0] // self.G == p}
+            self.rows = np.array(fresh)
+            logits = mx.concatenate(logits)[mx.array(np.repeat(np.arange(len(prompts)), counts))]
+            seen = seen_tokens([self.prompts[row // self.G] for row in fresh], logits.shape[-1], self.sampling)
+            state = self.next_tokens(logits, np.zeros(len(fresh), dtype=int), seen)
+            if len(kept):
+                for layer, other in zip(self.cache, cache):
+                    layer.extend(other)
+                state = [None if a is None else mx.concatenate([a, b]) for a, b in zip(self.state, state)]
+            else:
+                self.cache = cache
+            self.state = state
+        self.rows, self.done = np.concatenate([kept, np.array(fresh, dtype=int)]), np.zeros(len(kept) + len(fresh), dtype=bool)
+
+    def entering(self, room):
+        """The waiting rows that may enter now, their prompts prefilled: as many as there is room for, and none in the middle
+        of a batch that can't take rows of other lengths."""
+        if not self.mixed and len(self.rows):
+            return []
+        fresh = self.waiting[:room]
+        if not self.mixed and fresh:                       # one length at a time
+            length = len(self.prompts[fresh[0] // self.G])
+            fresh = [row for row in fresh if len(self.prompts[row // self.G]) == length]
+        self.waiting = [row for row in self.waiting if row not in set(fresh)]
+        for p in dict.fromkeys(row // self.G for row in fresh):
+            if p not in self.prefilled:
+                self.prefilled[p] = prefill(self.model, self.prompts[p], self.kv_bits)
+        return fresh
+
+
+def drop_rows(layer, keep):
+    """A cache with the rows `keep` (an array of indices); a batch cache also loses padding that no row needs any more."""
+    if hasattr(layer, "filter"):
+        layer.filter(keep)
+        return layer
+    return map_cache(lambda a: a[keep], layer)
 
 
 def pack_sets(sets):
@@ -1051,38 +1149,42 @@ def train_sampling(config):
                     tuple(config.stop), config.max_new_tokens)
 
 
-def sample_completions(model, tokenizer, problems, config, sampling, *, num_generations, step, stream=TRAIN, first_prompt=0):
-    """A Rollout of num_generations completions for each problem. Every prompt is prefilled once; up to
-    rollout_batch_size rows (whole groups) are decoded together. first_prompt: place of the first problem in the step.
-    Raises NotFinite for a log-prob that is not finite."""
-    prefix = tokenizer.encode(config.response_prefix, add_special_tokens=False) if config.response_prefix else []
-    stopped = stop_test(tokenizer, sampling.stop) if sampling.stop else None
-    rollouts, at_once, G = [], max(1, config.rollout_batch_size // num_generations), num_generations
-    for first in range(0, len(problems), at_once):
-        chunk = problems[first:first + at_once]
-        prompts = [render_prompt(tokenizer, p, config) + list(prefix) for p in chunk]
-        caches, logits = zip(*[prefill(model, ids) for ids in prompts])
-        logits = mx.repeat(mx.concatenate(logits), G, axis=0)
-        uniforms = np.stack([row_uniforms(config.seed, step, first_prompt + first + p, g, sampling.max_new_tokens, stream)
-                             for p in range(len(chunk)) for g in range(G)])
-        ids, logprobs, kept, ended = decode(
-            model, stack_caches(caches, [len(p) for p in prompts], G), logits, uniforms, sampling,
-            end_ids=tokenizer.eos_token_ids, seen=seen_tokens(prompts, G, logits.shape[-1], sampling), stopped=stopped)
-        for p, problem in enumerate(chunk):
+def sample_completions(model, tokenizer, problems, config, sampling, *, num_generations, step, stream=TRAIN, first_prompt=0,
+                       finished=None):
+    """A Rollout of num_generations completions for each problem, at most rollout_batch_size rows decoded together.
+    first_prompt: place of the first problem in the step. finished(place, rollout) is called as soon as a problem's
+    completions are done. Raises NotFinite for a log-prob that is not finite."""
+    prefix, G = tokenizer.encode(config.response_prefix, add_special_tokens=False) if config.response_prefix else [], num_generations
+    prompts = [render_prompt(tokenizer, p, config) + list(prefix) for p in problems]
+    uniforms = np.stack([row_uniforms(config.seed, step, first_prompt + p, g, sampling.max_new_tokens, stream)
+                         for p in range(len(problems)) for g in range(G)])
+    decoder = Decoder(model, prompts, uniforms, sampling, end_ids=tokenizer.eos_token_ids, at_once=config.rollout_batch_size,
+                      stopped=stop_test(tokenizer, sampling.stop) if sampling.stop else None, kv_bits=config.kv_bits)
+    rollouts, left = [None] * len(problems), [G] * len(problems)
+
+    def row_done(row):
+        p = row // G
+        left[p] -= 1
+        if not left[p]:
             group = slice(p * G, (p + 1) * G)
-            rollouts.append(make_rollout(tokenizer, problem, prompts[p], ids[group], logprobs[group], ended=ended[group],
-                                         kept=kept[group] if sampling.truncated else None, prefix=config.response_prefix))
+            kept = [np.stack(sets) for sets in decoder.kept[group]] if sampling.truncated else None
+            rollouts[p] = make_rollout(tokenizer, problems[p], prompts[p], decoder.ids[group], decoder.logprobs[group],
+                                       ended=decoder.ended[group], kept=kept, prefix=config.response_prefix)
+            if finished:
+                finished(p, rollouts[p])
+
+    decoder.run(row_done)
     return rollouts
 
 
-def seen_tokens(prompts, num_generations, vocab_size, sampling):
+def seen_tokens(prompts, vocab_size, sampling):
     """(B, V) booleans of the tokens in each row's prompt, or None where there is no repetition penalty."""
     if sampling.repetition_penalty == 1:
         return None
     seen = np.zeros((len(prompts), vocab_size), dtype=bool)
     for row, ids in zip(seen, prompts):
         row[list(ids)] = True
-    return mx.repeat(mx.array(seen), num_generations, axis=0)
+    return mx.array(seen)
 
 
 def stop_test(tokenizer, stop):
@@ -1164,14 +1266,15 @@ def weighted_rewards(scores, weights):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to train on. tokens (B, S): prompt and completion, padded on the right. prompt_lengths (B,).
+    """Rows to train on. prompts (P, L), padded on the right; prompt_lengths (P,); prompt_of (B,): the prompt of each row.
     completion_ids, mask, old_logprobs, sampler_logprobs, ref_logprobs, is_weights (B, T), padded on the right with 0;
     mask 1 = trained token. advantages (B, 1), or (B, T) for credit by token. kept: the tokens that could be sampled at
     each position, (B, T, K) ids with -1 behind, or (B, T, ceil(V/8)) bits as uint8; K = 0: all. first_seen (B, V):
-    where in `tokens` each token occurs first (the repetition penalty needs it); (B, 0) without one."""
+    where in prompt and completion each token occurs first (the repetition penalty needs it); (B, 0) without one."""
 
-    tokens: mx.array
+    prompts: mx.array
     prompt_lengths: mx.array
+    prompt_of: mx.array
     completion_ids: mx.array
     mask: mx.array
     old_logprobs: mx.array
@@ -1183,6 +1286,12 @@ class Batch:
     first_seen: mx.array
 
 
+def bucket(n, least=16):
+    """n rounded up so that only few widths occur: to a multiple of `least`, beyond 8 of them to four widths an octave."""
+    size = max(least, 2 ** max(n.bit_length() - 3, 0))
+    return -(-n // size) * size
+
+
 def right_pad(rows, width, dtype, fill=0):
     """Rows of numbers, or of equally wide vectors, as one array (B, width, ...)."""
     rows = [np.asarray(row, dtype=dtype) for row in rows]
@@ -1192,25 +1301,24 @@ def right_pad(rows, width, dtype, fill=0):
     return mx.array(padded)
 
 
-def pad_batch(rollouts, advantages=None, *, mask_truncated=False, multiple=16, vocab_size=0):
-    """The rows of some rollouts as a Batch; advantages (P, G). Widths are rounded up to `multiple`, which bounds the
-    number of different shapes. old_logprobs are the sampler's; ref_logprobs start as zeros, is_weights as ones.
-    vocab_size: where given, first_seen is filled in."""
+def pad_batch(rollouts, advantages=None, *, mask_truncated=False, least=16, vocab_size=0):
+    """The rows of some rollouts as a Batch; advantages (P, G). Widths are rounded up by bucket(). old_logprobs are the
+    sampler's; ref_logprobs start as zeros, is_weights as ones. vocab_size: where given, first_seen is filled in."""
     rows = [(r, i) for r in rollouts for i in range(len(r.completion_ids))]
     completions = [r.completion_ids[i] for r, i in rows]
     masks = [np.array(r.env_mask[i]) * (r.ended[i] or not mask_truncated) for r, i in rows]
-    full = [list(r.prompt_ids) + r.completion_ids[i] for r, i in rows]
-    round_up = lambda n: -(-n // multiple) * multiple
-    T, S = round_up(max(map(len, completions))), round_up(max(map(len, full)))
+    T = bucket(max(map(len, completions)), least)
     logprobs = right_pad([r.logprobs[i] for r, i in rows], T, np.float32)
     first_seen = np.full((len(rows), vocab_size), np.iinfo(np.int32).max, dtype=np.int32)
-    for i, row in enumerate(full) if vocab_size else ():
-        first_seen[i, row[::-1]] = np.arange(len(row))[::-1]       # the earliest position is written last
+    for i, (r, _) in enumerate(rows) if vocab_size else ():
+        full = [*r.prompt_ids, *completions[i]]
+        first_seen[i, full[::-1]] = np.arange(len(full))[::-1]     # the earliest position is written last
     kept = [r.kept[i] for r, i in rows if r.kept is not None]
     advantages = np.zeros(len(rows)) if advantages is None else np.asarray(advantages)
     return Batch(
-        tokens=right_pad(full, S, np.int32),
-        prompt_lengths=mx.array([len(r.prompt_ids) for r, _ in rows]),
+        prompts=right_pad([r.prompt_ids for r in rollouts], bucket(max(len(r.prompt_ids) for r in rollouts), least), np.int32),
+        prompt_lengths=mx.array([len(r.prompt_ids) for r in rollouts]),
+        prompt_of=mx.array([p for p, r in enumerate(rollouts) for _ in r.completion_ids]),
         completion_ids=right_pad(completions, T, np.int32),
         mask=right_pad(masks, T, np.float32),
         old_logprobs=logprobs, sampler_logprobs=logprobs,
@@ -1222,67 +1330,52 @@ def pad_batch(rollouts, advantages=None, *, mask_truncated=False, multiple=16, v
     )
 
 
-def take_rows(batch, rows):
-    """The Batch of some rows (a list of indices)."""
-    return Batch(**{name: array[mx.array(rows)] for name, array in vars(batch).items()})
+def trained_lengths(batch):
+    """(B,) NumPy: how many completion tokens of each row matter, up to the last that is trained (at least one)."""
+    mask = np.array(batch.mask) > 0
+    return np.maximum((mask * np.arange(1, mask.shape[1] + 1)).max(axis=1), 1)
+
+
+def take_rows(batch, rows, filler=0):
+    """The Batch of some rows (a list of indices), as narrow as they allow, with their prompts only. filler: so many rows
+    without trained tokens behind them."""
+    chosen = list(rows) + [rows[0]] * filler
+    prompts, prompt_of = np.unique(np.array(batch.prompt_of)[chosen], return_inverse=True)
+    L = bucket(int(np.array(batch.prompt_lengths)[prompts].max()))
+    T = bucket(int(trained_lengths(batch)[list(rows)].max()))
+    narrow = lambda name, a: a if name == "first_seen" or a.shape[1] == 1 else a[:, :T]
+    picked = {name: narrow(name, a[mx.array(chosen)]) for name, a in vars(batch).items() if not name.startswith("prompt")}
+    if filler:
+        picked["mask"] = picked["mask"] * (mx.arange(len(chosen)) < len(rows))[:, None]
+    return Batch(prompts=batch.prompts[mx.array(prompts)][:, :L], prompt_lengths=batch.prompt_lengths[mx.array(prompts)],
+                 prompt_of=mx.array(prompt_of), **picked)
+
+
+def plan_passes(batch, rows, budget, shared):
+    """[[row]]: `rows` of a Batch in passes of at most `budget` padded tokens (at least one row; 0 = all at once), rows of
+    like length together; with shared prompts the rows of a prompt stay together and the prompt counts once."""
+    if not budget:
+        return [list(rows)]
+    lengths, prompt_of, prompts = trained_lengths(batch), np.array(batch.prompt_of), np.array(batch.prompt_lengths)
+    size = lengths if shared else lengths + prompts[prompt_of]
+    longest = {p: max(size[i] for i in rows if prompt_of[i] == p) for p in set(prompt_of[list(rows)])}
+    passes = []
+    for i in sorted(rows, key=lambda i: (longest[prompt_of[i]], prompt_of[i], size[i]) if shared else (size[i], i)):
+        trial = [*passes[-1], i] if passes else [i]
+        tokens = pass_tokens(lengths[trial], prompts, prompt_of[trial], shared)
+        passes[-1:] = [trial] if passes and tokens <= budget else [*passes[-1:], [i]]
+    return passes
+
+
+def pass_tokens(lengths, prompts, prompt_of, shared):
+    """Tokens that a pass over rows of these completion lengths runs through the trunk, padding included."""
+    distinct = set(prompt_of) if shared else prompt_of
+    return len(lengths) * bucket(int(lengths.max())) + len(distinct) * bucket(max(int(prompts[p]) for p in distinct))
 
 
 # ---- log-probs and loss ----------------------------------------------------------------------------------------------
 
-class HiddenStates:
-    """Stands in for a model's trunk and returns hidden states already computed, so that calling the model applies only
-    its head, with whatever soft-cap or scale belongs to it."""
-
-    def __init__(self, trunk, hidden):
-        self.trunk, self.hidden = trunk, hidden
-
-    def __call__(self, *_, **__):
-        return self.hidden
-
-    def __getattr__(self, name):        # tied heads reach for trunk.embed_tokens.as_linear
-        return getattr(self.trunk, name)
-
-
-class SplitModel:
-    """A model as trunk and head: trunk(tokens) -> hidden (B, S, C); head(hidden) -> logits (..., V). So only the
-    positions that matter are projected onto the vocabulary. Works on mlx-lm's usual shape, a Model whose attribute
-    (TRUNKS) holds everything but the head; others keep the whole forward as trunk and an empty head."""
-
-    TRUNKS = ("model", "transformer", "backbone")
-
-    def __init__(self, model):
-        self.model = model
-        self.name = next((n for n in self.TRUNKS if isinstance(model.get(n), nn.Module)), None)
-        probe = mx.array([[0, 1, 2]])
-        logits = model(probe)
-        self.vocab_size = logits.shape[-1]
-        if self.name and not mx.array_equal(self.head(self.trunk(probe)), logits).item():
-            self.name = None
-
-    def trunk(self, tokens):
-        return self.model[self.name](tokens) if self.name else self.model(tokens)
-
-    def head_weights(self):
-        """The trained weights that the head uses: those outside of the trunk, or, where there are none at all, the trunk's
-        embedding, to which the head is tied."""
-        if not self.name:
-            return {}
-        outside = [name for name, child in self.model.children().items() if name != self.name and tree_flatten(child)]
-        trained = self.model.trainable_parameters()
-        if outside:
-            return {name: trained[name] for name in outside if name in trained}
-        trunk = self.model[self.name]
-        return {self.name: {name: trained[self.name][name] for name, child in trunk.children().items()
-                            if isinstance(child, (nn.Embedding, nn.QuantizedEmbedding)) and name in trained.get(self.name, {})}}
-
-    def head(self, hidden):
-        if not self.name:
-            return hidden
-        vars(self.model)[self.name] = HiddenStates(self.model[self.name], hidden)
-        try:
-            return self.model(mx.zeros(hidden.shape[:2], dtype=mx.int32))
-        finally:
-            del vars(self.model)[self.name]
+from mlx_grpo.split_model import SplitModel  # noqa: E402
 
 
 def penalised(logits, seen, penalty):
@@ -1302,53 +1395,79 @@ def restrict(z, kept):
     return mx.where(kept >= 0, inside, -mx.inf)
 
 
-HEAD_CHUNK = 2**26      # logits that are held at once, in tokens times vocabulary: 256 MB in float32
+HEAD_CHUNK = 2**25      # logits that are held at once, in tokens times vocabulary: 128 MB in float32
 
 
-def completion_logprobs(split, batch, temperature, repetition_penalty=1.0, entropy_gradient=False):
+def completion_logprobs(split, batch, temperature, repetition_penalty=1.0, entropy_gradient=False, shared=False):
     """Log-probs of the completion tokens and entropies, under the distribution that they were sampled from: at the
     sampling temperature, with the repetition penalty, renormalised over the kept sets; from one forward pass.
 
     Only completion positions are projected onto the vocabulary, in chunks of at most HEAD_CHUNK logits, which the
-    backward pass computes again: memory is chunk x V, not B x T x V. split: a SplitModel. Returns (logprobs, entropy),
-    both (B, T) float32, nats; entropy carries a gradient only if asked. Where mask is 0 both are those of a wrong
-    token: mask them."""
+    backward pass computes again: memory is chunk x V, not B x T x V. split: a SplitModel. shared: each prompt is computed
+    once. Returns (logprobs, entropy), both (B, T) float32, nats; entropy carries a gradient only if asked. Where mask is 0
+    both are those of a wrong token: mask them."""
     B, T = batch.completion_ids.shape
-    hidden = split.trunk(batch.tokens)                                                      # (B, S, C)
-    position = batch.prompt_lengths[:, None] + mx.arange(T)                                 # of completion token t
-    before = mx.minimum(position - 1, batch.tokens.shape[1] - 1)                            # where it is predicted
-    hidden = mx.take_along_axis(hidden, before[:, :, None], axis=1)                         # (B, T, C)
+    hidden = split.completion_hidden(batch.prompts, batch.prompt_lengths, batch.prompt_of, batch.completion_ids, shared)
+    position = batch.prompt_lengths[batch.prompt_of][:, None] + mx.arange(T)                # of completion token t
     flat = lambda x: x.reshape(B * T, *x.shape[2:])
     rows = mx.broadcast_to(mx.arange(B)[:, None], (B, T))
     hidden, *arrays = [flat(x) for x in (hidden, batch.completion_ids, batch.mask, batch.kept, position, rows)]
-
-    def project(start, end):
-        tokens = [x[start:end] for x in arrays]
-        of_weights = lambda weights, hidden: token_logprobs(
-            split, batch.first_seen, temperature, repetition_penalty, entropy_gradient, weights, hidden, *tokens)
-        return of_weights if end - start >= B * T else mx.checkpoint(of_weights)
-
     chunk = max(1, HEAD_CHUNK // split.vocab_size) if split.name else B * T
-    parts = [project(i, i + chunk)(split.head_weights(), hidden[i:i + chunk]) for i in range(0, B * T, chunk)]
-    logprobs, entropy = (mx.concatenate(x).reshape(B, T) for x in zip(*parts))
-    return logprobs, entropy
+
+    def project(start):
+        ids, mask, kept, position, rows = (x[start:start + chunk] for x in arrays)
+
+        def logits(weights, hidden):
+            """(of the taken tokens (n,), of all that could be drawn (n, V), or (n, K)), divided by the temperature."""
+            split.model.update(weights)
+            z = split.head(hidden[None])[0].astype(mx.float32)
+            if batch.first_seen.shape[-1]:
+                z = penalised(z, batch.first_seen[rows] < position[:, None], repetition_penalty)
+            z = z / temperature if temperature != 1 else z
+            taken = mx.take_along_axis(z, ids[:, None], axis=-1)[:, 0]
+            if kept.shape[-1]:
+                z = mx.where(mask[:, None] > 0, restrict(z, kept), 0)                       # padding has no kept set
+            return taken, z
+
+        return token_logprobs(logits, entropy_gradient, hold=chunk >= B * T)(split.head_weights(), hidden[start:start + chunk])
+
+    parts = [project(start) for start in range(0, B * T, chunk)]
+    return tuple(mx.concatenate([part[i] for part in parts]).reshape(B, T) for i in (0, 1))
 
 
-def token_logprobs(split, first_seen, temperature, penalty, entropy_gradient, weights, hidden, ids, mask, kept, position, rows):
-    """(log-probs, entropies) of n tokens, both (n,), from hidden states (n, C) and the head's weights; ids, mask, position,
-    rows: (n,); kept: (n, K)."""
-    split.model.update(weights)
-    z = split.head(hidden[None])[0].astype(mx.float32)                                      # (n, V)
-    if first_seen.shape[-1]:
-        z = penalised(z, first_seen[rows] < position[:, None], penalty)
-    z = z / temperature
-    taken = mx.take_along_axis(z, ids[:, None], axis=-1)[:, 0]
-    if kept.shape[-1]:
-        z = mx.where(mask[:, None] > 0, restrict(z, kept), 0)                               # padding has no kept set
-    normaliser = mx.logsumexp(z, axis=-1)                                                   # (n,)
-    log_p = z - normaliser[:, None] if entropy_gradient else mx.stop_gradient(z - normaliser[:, None])
-    entropy = -mx.where(mx.isinf(log_p), 0, mx.exp(log_p) * mx.where(mx.isinf(log_p), 0, log_p)).sum(axis=-1)
-    return taken - normaliser, entropy
+def token_logprobs(logits, entropy_gradient, hold):
+    """A function of (head weights, hidden (n, C)) -> (log-probs (n,), entropies (n,), ...) for logits(weights, hidden) ->
+    (taken (n,), z (n, V)), with a gradient of its own: one exponential a logit forward and none backward where the
+    probabilities are held, else logits and one exponential again.
+
+    d logprob / dz = onehot - p;  d entropy / dz = -p (log p + entropy)."""
+    def softmax(z):
+        best = z.max(axis=-1, keepdims=True)
+        p = backend.exp(z - best)
+        total = p.sum(axis=-1, keepdims=True)
+        return p / total, best + mx.log(total)                                              # (n, V), (n, 1)
+
+    @mx.custom_function
+    def forward(weights, hidden):
+        taken, z = logits(weights, hidden)
+        p, normaliser = softmax(z)
+        entropy = normaliser[:, 0] - (p * mx.maximum(z, -1e30)).sum(axis=-1)                # 0 * -inf is not a number
+        return (taken - normaliser[:, 0], entropy, p, z) if hold else (taken - normaliser[:, 0], entropy)
+
+    @forward.vjp
+    def backward(primals, cotangents, outputs):
+        p, z = outputs[2:] if hold else (None, logits(*primals)[1])
+        if entropy_gradient or not hold:
+            p, normaliser = softmax(z)
+        slope = -cotangents[0][:, None]
+        if entropy_gradient:
+            slope = slope - cotangents[1][:, None] * (mx.maximum(z, -1e30) - normaliser + outputs[1][:, None])
+        flat = tree_flatten(primals[0])
+        of_flat = lambda hidden, *arrays: logits(tree_unflatten([(k, a) for (k, _), a in zip(flat, arrays)]), hidden)
+        found = mx.vjp(of_flat, [primals[1], *(a for _, a in flat)], [cotangents[0], p * slope])[1]
+        return tree_unflatten([(k, a) for (k, _), a in zip(flat, found[1:])]), found[0]
+
+    return forward
 
 
 def importance_weights(old_logprobs, sampler_logprobs, mask, mode, clip_min, clip_max):
@@ -1620,6 +1739,7 @@ class MLXGRPOTrainer:
         self.teacher_split = SplitModel(teacher or load_teacher(args, model)) if args.objective == "distill" else None
         self.step_count, self.num_tokens, self.prompts_drawn = 0, 0, 0
         self.window, self.window_metrics = [], {}       # what is left of the rollout batch: the Batches of each step to come
+        self.shapes = []                                # [B, P, L, T, shared] of all passes so far: each is compiled once
         self.entropy_coef = args.entropy_coef
         self.total_steps = count_steps(args, len(self.train_dataset))
         self.compiled = mx.default_device() != mx.cpu if args.use_compile == "auto" else args.use_compile
@@ -1773,9 +1893,9 @@ class MLXGRPOTrainer:
         for i in range(0, len(rollouts), args.batch_size):
             batch = pad_batch(rollouts[i:i + args.batch_size], mask_truncated=args.mask_truncated_completions, vocab_size=vocab_size)
             if self.ref_model:
-                batch = replace(batch, ref_logprobs=self.score(self.ref_split, batch))
+                batch = replace(batch, ref_logprobs=self.score(self.ref_split, batch)[0])
             if old_logprobs_kind(args) == "proximal":
-                old = self.score(self.split, batch)
+                old = self.score(self.split, batch)[0]
                 batch = replace(batch, old_logprobs=old)
                 if args.sampler_correction != "none":
                     batch = replace(batch, is_weights=importance_weights(
@@ -1784,27 +1904,46 @@ class MLXGRPOTrainer:
             batches.append(batch)
         return batches
 
+    def passes(self, batch, rows=None):
+        """The Batches of one forward pass each that `rows` (default: all) are cut into, with whether each shares prompts."""
+        rows = list(range(len(batch.mask))) if rows is None else rows
+        sharing = self.split.shares_prompts and self.args.prefix_sharing != "off"
+        for chosen in plan_passes(batch, rows, self.args.max_tokens_per_microbatch, sharing):
+            part = take_rows(batch, chosen, bucket(len(chosen), 1) - len(chosen) if self.compiled else 0)
+            (P, L), (B, T) = part.prompts.shape, part.mask.shape
+            shared = sharing and (self.args.prefix_sharing == "on" or P * L + B * T <= 0.8 * B * (L + T))
+            if (shape := [B, P, L, T, shared]) not in self.shapes:
+                self.shapes.append(shape)
+            yield chosen, part, shared
+
     def score(self, split, batch):
-        """(B, T) log-probs of a Batch by another model, or by this one as it is now, without gradient; 0 under the mask."""
-        logprobs = completion_logprobs(split, batch, self.sampling.temperature, self.sampling.repetition_penalty)[0]
-        return mx.where(batch.mask > 0, mx.stop_gradient(logprobs), 0)
+        """(log-probs, entropies) of a Batch by another model, or by this one as it is now, without gradient: (B, T), 0 under
+        the mask."""
+        found = np.zeros((2, *batch.mask.shape), dtype=np.float32)
+        for rows, part, shared in self.passes(batch):
+            scored = completion_logprobs(split, part, self.sampling.temperature, self.sampling.repetition_penalty,
+                                         shared=shared and split.shares_prompts)
+            width = min(part.mask.shape[1], found.shape[2])
+            found[:, rows, :width] = np.stack([np.array(x)[:len(rows), :width] for x in scored])
+        return tuple(mx.where(batch.mask > 0, mx.array(x), 0) for x in found)
 
     def token_advantages(self, batch, advantages):
         """The advantages (B, 1) of a Batch; when distilling, (B, T): log p_teacher - log p_student of the sampled token (the
         sampled negative reverse KL), plus distill_task_coeff times the rewards' advantage."""
         if not self.teacher_split:
             return advantages
-        gap = self.score(self.teacher_split, batch) - batch.old_logprobs
+        gap = self.score(self.teacher_split, batch)[0] - batch.old_logprobs
         return mx.where(batch.mask > 0, gap, 0) + self.args.distill_task_coeff * advantages
 
     def compute_grpo_loss(self, batch, num_rows=None, num_tokens=None, entropy_threshold=None, num_entropy_tokens=None,
-                          entropy_coef=None):
-        """(loss, metrics) of a Batch under the current model; the other arguments are those of the whole step (grpo_loss)."""
+                          entropy_coef=None, shared=False):
+        """(loss, metrics) of a Batch under the current model; the other arguments are those of the whole step (grpo_loss),
+        and whether prompts are shared."""
         args = self.args
         bonus = bool(args.entropy_coef or args.entropy_adaptive)
         with self.dropout_mask():
             logprobs, entropy = completion_logprobs(self.split, batch, self.sampling.temperature,
-                                                    self.sampling.repetition_penalty, entropy_gradient=bonus)
+                                                    self.sampling.repetition_penalty, bonus, shared)
         num_tokens = batch.mask.sum() if num_tokens is None else num_tokens
         corrected = old_logprobs_kind(args) == "proximal" and args.sampler_correction != "none"
         loss, metrics = grpo_loss(
@@ -1823,17 +1962,19 @@ class MLXGRPOTrainer:
         return loss, metrics | gap_metrics(mx.stop_gradient(logprobs), mx.stop_gradient(entropy), batch, num_tokens)
 
     def update_policy(self, batches, learning_rate):
-        """Gradients of the whole step, Batch by Batch, then one update. Divisors are those of the whole step, so how it is
+        """Gradients of the whole step, pass by pass, then one update. Divisors are those of the whole step, so how it is
         split changes nothing. Rows without advantage cost nothing where nothing else needs them. Returns metrics."""
         totals = (mx.array(sum(len(b.mask) for b in batches)), sum(b.mask.sum() for b in batches), *self.entropy_totals(batches))
-        batches, share = self.rows_that_count(batches)
+        rows, share = self.rows_that_count(batches)
         loss, gradients, parts = 0.0, None, []
-        for batch in batches:
+        for batch, shared in ((b, s) for batch, chosen in zip(batches, rows) if chosen for _, b, s in self.passes(batch, chosen)):
             if self.args.lora_dropout:        # the old log-probs under this step's mask, by the sampler's weights
                 with self.dropout_mask(self.model_old):
-                    batch = replace(batch, old_logprobs=self.score(SplitModel(self.model_old), batch))
+                    old = completion_logprobs(SplitModel(self.model_old), batch, self.sampling.temperature,
+                                              self.sampling.repetition_penalty, shared=shared)[0]
+                    batch = replace(batch, old_logprobs=mx.where(batch.mask > 0, old, 0))
                     mx.eval(batch.old_logprobs)
-            value, metrics, part = self.gradients(batch, *totals)
+            value, metrics, part = self.gradients(batch, *totals, shared=shared)
             loss += value
             parts.append(metrics)
             gradients = part if gradients is None else tree_map(mx.add, gradients, part)
@@ -1852,22 +1993,20 @@ class MLXGRPOTrainer:
         tokens = sum(b.mask.sum() for b in batches)
         if self.args.top_entropy_quantile == 1:
             return mx.array(-math.inf), tokens, mx.array(self.entropy_coef)
-        score = lambda b: completion_logprobs(self.split, b, self.sampling.temperature, self.sampling.repetition_penalty)[1]
-        entropies = np.concatenate([np.array(score(b))[np.array(b.mask) > 0] for b in batches])
+        entropies = np.concatenate([np.array(self.score(self.split, b)[1])[np.array(b.mask) > 0] for b in batches])
         threshold = np.quantile(entropies, 1 - self.args.top_entropy_quantile) if len(entropies) else 0.0
         return mx.array(float(threshold)), mx.array(float((entropies >= threshold).sum())), mx.array(self.entropy_coef)
 
     def rows_that_count(self, batches):
-        """(Batches of the rows with an advantage, their share of the trained tokens); all rows where a KL or entropy term
-        needs them, and at least one row."""
-        args = self.args
+        """(for each Batch the rows with an advantage, their share of the trained tokens); all rows where a KL or entropy
+        term needs them, and at least one row."""
+        args, everything = self.args, [list(range(len(b.mask))) for b in batches]
         if args.entropy_coef or args.entropy_adaptive or (args.kl_coeff and args.kl_in == "loss"):
-            return batches, 1.0
-        rows = [np.flatnonzero(np.abs(np.array(b.advantages)).max(axis=1) > 0) for b in batches]
-        kept = [take_rows(b, r.tolist()) if len(r) < len(b.mask) else b for b, r in zip(batches, rows) if len(r)]
-        kept = kept or [take_rows(batches[0], [0])]
-        tokens = lambda batches: sum(b.mask.sum().item() for b in batches)
-        return kept, max(tokens(kept), 1) / max(tokens(batches), 1)
+            return everything, 1.0
+        rows = [np.flatnonzero(np.abs(np.array(b.advantages)).max(axis=1) > 0).tolist() for b in batches]
+        rows = rows if any(rows) else [[0], *([] for _ in batches[1:])]
+        tokens = lambda rows: float(sum(np.array(b.mask)[chosen].sum() for b, chosen in zip(batches, rows)))
+        return rows, max(tokens(rows), 1) / max(tokens(everything), 1)
 
     def hooked(self, gradients):
         """The gradients after every callback's on_gradients."""
@@ -2027,7 +2166,7 @@ class MLXGRPOTrainer:
         """Call every callback's method of that name; true if any of them returns true."""
         return any([getattr(callback, event)(self, *args) for callback in self.callbacks])
 
-    STATE = ("step_count", "num_tokens", "prompts_drawn", "rung", "calm_syncs", "healed", "entropy_coef", "window_metrics", "best",
+    STATE = ("shapes", "step_count", "num_tokens", "prompts_drawn", "rung", "calm_syncs", "healed", "entropy_coef", "window_metrics", "best",
              "bad_steps")
 
     def save_checkpoint(self, path):
@@ -2204,8 +2343,8 @@ class SFTTrainer(MLXGRPOTrainer):
         super().__init__(model, tokenizer, args.rewards, args, train_dataset, eval_dataset, **options)
         self.gradients = self.learner.gradients_of(self.compute_sft_loss, self.compiled)
 
-    def compute_sft_loss(self, batch, num_tokens):
-        logprobs, _ = completion_logprobs(self.split, batch, 1.0)
+    def compute_sft_loss(self, batch, num_tokens, shared=False):
+        logprobs, _ = completion_logprobs(self.split, batch, 1.0, shared=shared)
         return sft_loss(logprobs, batch.mask, num_tokens), {}
 
     def step(self, problems=None):
@@ -2214,14 +2353,14 @@ class SFTTrainer(MLXGRPOTrainer):
         batches = [sft_batch(self.tokenizer, problems[i:i + size], self.args) for i in range(0, len(problems), size)]
         num_tokens = sum(b.mask.sum() for b in batches)
         loss, gradients = 0.0, None
-        for batch in batches:
-            value, _, part = self.gradients(batch, num_tokens)
+        for batch, shared in ((part, shared) for batch in batches for _, part, shared in self.passes(batch)):
+            value, _, part = self.gradients(batch, num_tokens, shared=shared)
             loss += value
             gradients = part if gradients is None else tree_map(mx.add, gradients, part)
             mx.eval(gradients)
         learning_rate = learning_rate_at(step, self.total_steps, self.args)
         norm = self.learner.update(self.hooked(gradients), learning_rate)
-        self.step_count, self.num_tokens = step, self.num_tokens + sum(b.tokens.size for b in batches)
+        self.step_count, self.num_tokens = step, self.num_tokens + sum(b.mask.size for b in batches)
         return {"step": step, "epoch": step * self.args.prompts_per_step / len(self.train_dataset),
                 "learning_rate": learning_rate, "loss": loss, "grad_norm": norm, "num_tokens": self.num_tokens,
                 "step_time": time.perf_counter() - started, "peak_gb": mx.get_peak_memory() / 1e9}

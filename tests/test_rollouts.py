@@ -154,7 +154,7 @@ def test_a_logprob_that_is_not_finite_stops_with_advice(demo):
 
 def test_padding_reaches_neither_the_logprobs_nor_the_mask(demo):
     rollouts = sample(demo, chains(3, 7))
-    narrow, wide = (pad_batch(rollouts, np.zeros((2, 4)), multiple=m) for m in (1, 64))
+    narrow, wide = (pad_batch(rollouts, np.zeros((2, 4)), least=m) for m in (1, 64))
     for batch in (narrow, wide):
         assert batch.mask.sum().item() == sum(len(ids) for r in rollouts for ids in r.completion_ids)
     split = SplitModel(demo[0])

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_grpo import Batch, ConfigError, NotFinite, UserError, cast_floats, count_parameters, is_quantized, nearest
+from mlx_grpo.split_model import GroupKeys, PromptKeys
 
 
 def lora_parameters(config):
@@ -59,10 +60,20 @@ def checkpointed_blocks(model, on):
 
     def checkpointed(call):
         def block_call(block, *args, **kwargs):
-            def of_weights(weights, *args, **kwargs):
-                block.update(weights)
-                return call(block, *args, **kwargs)
-            return mx.checkpoint(of_weights)(block.trainable_parameters(), *args, **kwargs)
+            keys = next((a for a in (*args, *kwargs.values()) if isinstance(a, (PromptKeys, GroupKeys))), None)
+
+            def of_weights(weights, held, *args, **kwargs):          # what a shared prompt brings along is an argument too,
+                block.update(weights)                                # and what it takes away a result, or neither would
+                if keys:                                             # carry a gradient
+                    keys.arrays = held
+                out = call(block, *args, **kwargs)
+                return out, keys.captured if keys else ()
+
+            held = keys.arrays if keys else ()
+            out, captured = mx.checkpoint(of_weights)(block.trainable_parameters(), held, *args, **kwargs)
+            if keys:
+                keys.captured = captured
+            return out
         return block_call
 
     for kind, call in kinds.items():
@@ -103,20 +114,21 @@ class Learner:
         mx.eval(self.master, self.model.parameters())
 
     def gradients_of(self, loss, compiled=False):
-        """A function of (batch, *totals) -> (value, metrics, float32 gradients with respect to the trained weights), for
-        loss(batch, *totals) -> (value, metrics). totals are scalar arrays; compiled: by mx.compile, once per shape."""
-        def of_weights(weights, arrays, *totals):
-            self.model.update(weights)
-            return loss(Batch(**arrays), *totals)
+        """A function of (batch, *totals, shared) -> (value, metrics, float32 gradients with respect to the trained weights),
+        for loss(batch, *totals, shared=) -> (value, metrics). totals are scalar arrays; compiled: by mx.compile, once per
+        shape."""
+        def of_weights(shared):
+            def value(weights, arrays, *totals):
+                self.model.update(weights)
+                return loss(Batch(**arrays), *totals, shared=shared)
+            return mx.compile(mx.value_and_grad(value)) if compiled else mx.value_and_grad(value)
 
-        value_and_grad = mx.value_and_grad(of_weights)
-        if compiled:
-            value_and_grad = mx.compile(value_and_grad)
+        value_and_grad = {shared: of_weights(shared) for shared in (False, True)}
 
-        def gradients(batch, *totals):
+        def gradients(batch, *totals, shared=False):
             weights = self.model.trainable_parameters()
             with checkpointed_blocks(self.model, self.config.gradient_checkpointing):
-                (value, metrics), found = value_and_grad(weights, vars(batch), *totals)
+                (value, metrics), found = value_and_grad[shared](weights, vars(batch), *totals)
             self.model.update(weights)                       # the traced ones would hold on to the whole graph
             found = cast_floats(found, mx.float32)
             mx.eval(value, metrics, found)                   # one pass's activations are freed before the next
