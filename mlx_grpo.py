@@ -389,7 +389,7 @@ def options_without_effect(config, sources):
 def old_logprobs_kind(config):
     """"sampler" or "proximal": where the old log-probs come from."""
     if config.old_logprobs == "auto":
-        return "proximal" if config.quantize_for_rollouts and not config.lora_dropout else "sampler"
+        return "proximal" if (config.quantize_for_rollouts or config.kv_bits) and not config.lora_dropout else "sampler"
     return config.old_logprobs
 
 
@@ -986,7 +986,7 @@ KEPT_IDS = 64      # kept sets of up to this size are recorded as ids, larger on
 
 
 def prefill(model, prompt_ids, kv_bits=0, chunk=512):
-    """(cache, logits (1, V)) after one prompt of L tokens, in pieces of `chunk`; kv_bits: then quantised, in groups of 64."""
+    """(cache, logits (1, V)) after one prompt of L tokens, in pieces of `chunk`; kv_bits: then quantised."""
     from mlx_lm.models.cache import KVCache, make_prompt_cache
 
     cache = make_prompt_cache(model)
@@ -996,7 +996,13 @@ def prefill(model, prompt_ids, kv_bits=0, chunk=512):
         mx.eval(logits, [c.state for c in cache])
     if kv_bits and (odd := [type(layer).__name__ for layer in cache if type(layer) is not KVCache]):
         raise ConfigError(f"kv_bits is {kv_bits}, and this model keeps a {odd[0]}, which can't be quantised; set kv_bits = 0")
-    return [layer.to_quantized(bits=kv_bits) for layer in cache] if kv_bits else cache, logits
+    if not kv_bits:
+        return cache, logits
+    widths = cache[0].keys.shape[-1], cache[0].values.shape[-1]
+    group_size = next((size for size in (64, 32) if not any(width % size for width in widths)), None)
+    if not group_size:
+        raise ConfigError(f"kv_bits is {kv_bits}, and heads of width {widths[0]} have no groups of 32 to quantise; set kv_bits = 0")
+    return [layer.to_quantized(group_size, kv_bits) for layer in cache], logits
 
 
 def map_cache(function, *caches):
@@ -1006,6 +1012,14 @@ def map_cache(function, *caches):
     if hasattr(caches[0], "bits"):              # mlx-lm's quantised cache leaves these out of its state
         made.bits, made.group_size = caches[0].bits, caches[0].group_size
     return made
+
+
+def pick_rows(layer, rows):
+    """A cache of the given rows (an array of indices); a batch cache also loses padding that no row needs any more."""
+    if hasattr(layer, "filter"):
+        layer.filter(rows)
+        return layer
+    return map_cache(lambda a: a[rows], layer)
 
 
 def stack_caches(caches, counts, mixed):
@@ -1018,7 +1032,7 @@ def stack_caches(caches, counts, mixed):
     join = (lambda layer: type(layer[0]).merge(list(layer))) if mixed else (
         lambda layer: map_cache(lambda *arrays: mx.concatenate(arrays, axis=0), *layer))
     rows = mx.array(np.repeat(np.arange(len(counts)), counts))
-    return [map_cache(lambda a: a[rows], join(layer)) for layer in zip(*caches)]
+    return [pick_rows(join(layer), rows) for layer in zip(*caches)]
 
 
 class Decoder:
@@ -1091,7 +1105,7 @@ class Decoder:
             keep = mx.array(np.flatnonzero(stay))
             self.state = [None if a is None else a[keep] for a in self.state]
             if len(kept) < len(stay):
-                self.cache = [drop_rows(layer, keep) for layer in self.cache]
+                self.cache = [pick_rows(layer, keep) for layer in self.cache]
         if fresh:
             prompts = list(dict.fromkeys(row // self.G for row in fresh))
             counts = [sum(row // self.G == p for row in fresh) for p in prompts]
@@ -1125,14 +1139,6 @@ class Decoder:
             if p not in self.prefilled:
                 self.prefilled[p] = prefill(self.model, self.prompts[p], self.kv_bits)
         return fresh
-
-
-def drop_rows(layer, keep):
-    """A cache with the rows `keep` (an array of indices); a batch cache also loses padding that no row needs any more."""
-    if hasattr(layer, "filter"):
-        layer.filter(keep)
-        return layer
-    return map_cache(lambda a: a[keep], layer)
 
 
 def pack_sets(sets):
@@ -1727,6 +1733,8 @@ class MLXGRPOTrainer:
         self.model = model
         self.learner = Learner(model, args, self.dtype)
         self.split = SplitModel(model)
+        if args.prefix_sharing == "on" and self.split.why_not:
+            raise ConfigError(f'prefix_sharing is "on", and {args.model_name} can\'t share prompts: {self.split.why_not}; set "auto"')
         self.sampling = train_sampling(args)
         self.update_every = args.update_every
         self.quantize_rollouts = (len(model.layers) <= 20 if args.quantize_for_rollouts == "auto"
@@ -1761,7 +1769,7 @@ class MLXGRPOTrainer:
             try:
                 pending = self.fill_window(problems) if fresh else None                        # 1-3. sample, score, advantages
                 rate = learning_rate_at(self.step_count + 1, self.total_steps, self.args)
-                self.phase("update", **training_shape(self.args, *max(b.tokens.shape for b in self.window[0])))
+                self.phase("update", **training_shape(self.args, *max((len(b.mask), b.prompts.shape[1] + b.mask.shape[1]) for b in self.window[0])))
                 update = self.update_policy(self.window[0], rate)                              # 4. loss, gradient, update
                 break
             except NotFinite as error:

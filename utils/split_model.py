@@ -107,8 +107,8 @@ class SplitModel:
             return "a probe with a shared prompt gives other hidden states"
         return None
 
-    def trunk(self, tokens, **cache):
-        return self.model[self.name](tokens, **cache) if self.name else self.model(tokens, **cache)
+    def trunk(self, tokens, cache=None):
+        return (self.model[self.name] if self.name else self.model)(tokens, cache=cache)
 
     def completion_hidden(self, prompts, prompt_lengths, prompt_of, completion_ids, shared=False):
         """(B, T, C): the hidden states that predict each completion token. prompts (P, L), padded on the right; prompt_of
