@@ -73,7 +73,7 @@ def trained(config):
     run_dir = Path(tempfile.mkdtemp(dir="."))
     counts = Counter()
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((mlx_grpo, "decode"), (mx, "compile"), (mx, "checkpoint")):
+        for owner, name in ((mlx_grpo, "draw"), (mx, "compile"), (mx, "checkpoint")):
             count_calls(patch, owner, name, counts)
         evaluated, evaluate = [], mlx_grpo.evaluate
         patch.setattr(mlx_grpo, "evaluate", lambda m, t, problems, c: evaluated.append(len(problems))
@@ -225,7 +225,8 @@ TABLE = {
     "max_new_tokens": (logged("completions/max_length"), 3, {}),
     "max_completion_length": (logged("grad_norm"), 16, {"loss_type": "dr_grpo"}),
     "temperature": (sampled, 2.0, {}),
-    "rollout_batch_size": (of_run(lambda run: run.counts["decode"]), 4, {}),
+    "rollout_batch_size": (of_run(lambda run: run.counts["draw"]), 4, {}),
+    "kv_bits": (logged("sampling/sampling_logp_difference/max"), 4, {}),
     "quantize_for_rollouts": (of_run(lambda run: is_quantized(run.trainer.model_old)), True,
                               {"rollout_group_size": 32}),
     "rollout_bits": (old_policy, 8, {"quantize_for_rollouts": True, "rollout_group_size": 32}),
@@ -274,6 +275,8 @@ TABLE = {
     "lora_rank": (trainable, 2, LORA), "lora_scale": (moved, 1.0, LORA), "lora_alpha": (moved, 8.0, LORA),
     "lora_dropout": (moved, 0.5, LORA), "lora_layers": (trainable, 1, LORA),
     "lora_keys": (trainable, ["self_attn.q_proj"], LORA),
+    "prefix_sharing": (of_run(lambda run: run.trainer.shapes), "off", {}),
+    "max_tokens_per_microbatch": (of_run(lambda run: run.trainer.shapes), 100, {}),
     "gradient_checkpointing": (of_run(lambda run: run.counts["checkpoint"] > 0), True, {}),
     "batch_size": (rows_per_step, 3, {}), "gradient_accumulation_steps": (rows_per_step, 3, {}),
     "num_epochs": (step_count, 2, {"max_steps": 0, "max_train_samples": 2}), "max_steps": (step_count, 2, {}),
