@@ -226,7 +226,7 @@ TABLE = {
     "max_completion_length": (logged("grad_norm"), 16, {"loss_type": "dr_grpo"}),
     "temperature": (sampled, 2.0, {}),
     "rollout_batch_size": (of_run(lambda run: run.counts["draw"]), 4, {}),
-    "kv_bits": (logged("sampling/sampling_logp_difference/max"), 4, {}),
+    "kv_bits": (logged("sampling/sampling_logp_difference/max"), 4, {"model_name": str(ROOT / "data/demo_model")}),
     "quantize_for_rollouts": (of_run(lambda run: is_quantized(run.trainer.model_old)), True,
                               {"rollout_group_size": 32}),
     "rollout_bits": (old_policy, 8, {"quantize_for_rollouts": True, "rollout_group_size": 32}),
