@@ -216,6 +216,18 @@ def math_verify(timeout: float = 5.0):
     return importlib.import_module("mlx_grpo.math_equal").make_reward(timeout)
 
 
+@maker
+def code(tests_column: str = "tests", timeout: float = 5.0, memory_mb: int = 512, partial: bool = True, workers: int = 0,
+         allow_unsandboxed: bool = False):
+    """Share of the row's tests that the Python program in the completion (last ``` block, else the answer, else all) passes,
+    run in a sandbox; None for a row without tests.
+
+    partial: false = 1.0 for all tests, else 0.0. timeout: seconds for a program with its tests. workers: programs at once,
+    0 = one for each CPU. allow_unsandboxed: run even where programs can't be isolated."""
+    module = importlib.import_module("mlx_grpo.code_reward")
+    return module.make_reward(tests_column, timeout, memory_mb, partial, workers, allow_unsandboxed)
+
+
 MORE_REWARDS = {
     "math_verify": math_verify,
     "regex": regex,
@@ -223,4 +235,5 @@ MORE_REWARDS = {
     "overlong": overlong,
     "repetition": repetition,
     "cosine_length": cosine_length,
+    "code": code,
 }
