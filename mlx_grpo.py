@@ -126,6 +126,9 @@ class MLXGRPOConfig:
     shuffle: bool = opt(True, "visit the prompts in a seeded random order, a new one each epoch")
     max_train_samples: int = opt(0, "use at most this many training rows; 0 = all (2000 of a synthetic task)", low=0)
     max_prompt_length: int = opt(512, "tokens; longer prompts are dropped and counted", low=1)
+    watch: str = opt("", "JSONL file whose rows are trained on as they are appended; dataset is then evaluated on only")
+    watch_idle: float = opt(0.0, "seconds of waiting without a new row after which such a run ends; 0 = never", low=0)
+    watch_target: float = opt(0.0, "least value of save_best's metric that such a run promotes; 0 = any that is better")
     # rollouts
     num_generations: int = opt(64, "G, completions per prompt", low=2)
     max_new_tokens: int = opt(512, "sampling limit of a completion, tokens; at most max_completion_length", low=1)
@@ -346,6 +349,8 @@ def check_objective(config):
         (c.entropy_adaptive and c.lora_dropout, "entropy_adaptive and lora_dropout don't go together; turn one of them off"),
         (c.sampler_clip_min >= c.sampler_clip_max, f"sampler_clip_min {c.sampler_clip_min} is not below sampler_clip_max"),
         (c.lora_dropout and c.old_logprobs == "proximal", "lora_dropout scores the old log-probs itself; leave old_logprobs"),
+        (c.watch and not c.max_steps and c.lr_scheduler_type != "constant", "watch has no last step that lr_scheduler_type = "
+         f"{c.lr_scheduler_type!r} could lead to; set lr_scheduler_type = \"constant\", or max_steps"),
         (any(not text for text in c.stop), "stop holds an empty text, which ends every completion; remove it"),
     ]
     for broken, message in rules:
@@ -381,7 +386,9 @@ def options_without_effect(config, sources):
         "sapo_temperature_neg": c.loss_type != "sapo" and "loss_type is not sapo",
         "max_reward_errors": c.on_reward_error == "stop" and 'on_reward_error is "stop"',
         "warmup_ratio": c.lr_scheduler_type == "constant" and "lr_scheduler_type is constant",
-        "num_epochs": c.max_steps and "max_steps decides",
+        "num_epochs": (c.max_steps and "max_steps decides") or (c.watch and "each row of watch is trained on once"),
+        "watch_idle": not c.watch and "watch names no file",
+        "watch_target": not c.watch and "watch names no file",
     }
     return [f"{name} has no effect: {why}" for name, why in inert.items() if why and sources[name] != "default"]
 
@@ -2108,7 +2115,7 @@ class MLXGRPOTrainer:
         self.notify("on_train_begin")
         if self.step_count == 0 and (scores := self.evaluate(at_start=True)):
             self.log.metrics({"step": 0, **scores})
-            print(f"step 0/{self.total_steps} | " + " | ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
+            print(step_of(0, self.total_steps) + " | " + " | ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
         stop = False
         while self.step_count < self.total_steps and not stop and not self.interrupted:
             metrics = self.step()
@@ -2380,7 +2387,7 @@ from mlx_grpo.eval_rollouts import eval_rollouts, evaluate, right_answers  # noq
 from mlx_grpo.manifest import check_manifest  # noqa: E402
 from mlx_grpo.run_files import (  # noqa: E402
     OLD_POLICY, REFERENCE, WINDOW, RunLog, load_checkpoint, read_metrics, save_arrays, save_checkpoint, save_tokenizer,
-    save_weights, versions)
+    save_weights, step_of, versions)
 from mlx_grpo.out_of_memory import after_death, rollout_shape, training_shape  # noqa: E402
 from mlx_grpo.run_guard import (  # noqa: E402
     check_same_run, checkpoints_of, newest_valid, point_to, prune, run_lock, stop_on_signals)
@@ -2396,6 +2403,8 @@ def train_command(args):
     config, sources = load_config(args.config, args.set)
     rewards = find_rewards(config.rewards, config.reward_options)    # a typo is told before the model is loaded
     callbacks = find_callbacks(config.callbacks)
+    if config.watch and args.command == "sft":
+        raise ConfigError("sft trains on the demonstrations of a data set; leave watch to `train`")
     run_dir, checkpoint, config = find_run_dir(config, args.resume)
     config, memory = after_death(run_dir, config)
     train, held_out = load_problems(config)
@@ -2403,6 +2412,10 @@ def train_command(args):
     options = {"run_dir": run_dir, "callbacks": callbacks}
     if args.command == "sft":
         trainer = SFTTrainer(model, tokenizer, config, train, held_out, **options)
+    elif config.watch:
+        from mlx_grpo.watch import WatchTrainer
+
+        trainer = WatchTrainer(model, tokenizer, rewards, config, train, held_out, **options)
     else:
         trainer = MLXGRPOTrainer(model, tokenizer, rewards, config, train, held_out, **options)
     with run_lock(run_dir), trainer.phase.kept_in(run_dir, memory):
@@ -2429,7 +2442,7 @@ def announce(trainer, config, sources, command):
     model, run_dir = trainer.model, trainer.run_dir
     print(f"{config.model_name}: {count_parameters(model) / 1e6:.1f}M parameters, {str(trainer.dtype).split('.')[-1]} on "
           f"{mx.default_device()} | {len(trainer.train_dataset)} problems, {len(trainer.eval_dataset)} held out | "
-          f"{trainer.total_steps} steps of {config.prompts_per_step} prompts"
+          f"{f'rows of {config.watch} in' if config.watch else trainer.total_steps} steps of {config.prompts_per_step} prompts"
           + (f" x {config.num_generations}" if command == "train" else "") + f" | {run_dir}", flush=True)
     print(trainer.learner.description(), flush=True)
     if command != "sft":
@@ -2477,6 +2490,10 @@ def add_train_arguments(parser):
     add_config_arguments(parser)
     parser.add_argument("--resume", nargs="?", const="auto", metavar="auto|PATH",
                         help="continue from the newest checkpoint of the run, or from a given one")
+    parser.add_argument("--watch", dest="set", action="append", type="watch={}".format, metavar="FILE",
+                        help="train on the rows of a JSONL file as they are appended (docs/incremental.md)")
+    parser.add_argument("--watch-idle", dest="set", action="append", type="watch_idle={}".format, metavar="SECONDS",
+                        help="with --watch: end after so long without a new row")
 
 
 COMMANDS = {   # name: (module with add_arguments(parser) and run_command's function, or None for train_command; help)

@@ -18,7 +18,7 @@ from conftest import ROOT
 from mlx.utils import tree_flatten
 from mlx_grpo import (OPTIONS, MLXGRPOConfig, MLXGRPOTrainer, UserError, fitting_problems, is_quantized, load_model,
                       load_problems,
-                      main, render_prompt)
+                      main, option_default, render_prompt)
 from tiny_hf import CHATML
 from tiny_models import EVEN_SHARE, QUICK, sets, tiny_qwen2
 
@@ -55,6 +55,7 @@ def files(tmp_path_factory):
     (directory / "broken.py").write_text(BROKEN)
     (directory / "stops.py").write_text(STOPS)
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (directory / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(ROWS)))
     return directory
 
 
@@ -157,6 +158,22 @@ def places(config):
         return sorted(str(p.relative_to(directory)) for p in Path(directory).glob("*/*"))
 
 
+def watched(look):
+    """Look at (run directory, seconds waited) of a run by the command that watches a file; the clock is a made one."""
+    def run(config):
+        changed = {n: v for n, v in vars(config).items() if v != option_default(n) and n not in ("max_steps", "output_dir")}
+        waits = []
+        with tempfile.TemporaryDirectory(dir=".") as directory, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mlx_grpo.watch.time", SimpleNamespace(sleep=waits.append, monotonic=lambda: sum(waits)))
+            main(sets(**changed, output_dir=directory))
+            return look(Path(directory) / "run", round(sum(waits)))
+    return run
+
+
+def first_prompts(run_dir, _):
+    return [json.loads(line)["prompt"] for line in (run_dir / "completions.jsonl").read_text().split("\n") if line][:4]
+
+
 def outcome(config):
     try:
         return finished(config).trainer.step_count
@@ -194,6 +211,7 @@ LOCAL = dict(dataset="rows.jsonl", eval_samples=100)
 HUB = dict(dataset="some/data", eval_samples=100)
 LORA = dict(fine_tune_type="lora")
 EVAL = dict(eval_samples=4)
+WATCH = dict(watch="rows.jsonl", watch_idle=1.0, save_best="reward")
 ROUGH = dict(quantize_for_rollouts=True, rollout_group_size=32, rollout_bits=2)     # samples far from the policy
 HEALING = ROUGH | dict(rollout_bits=[2, 0], max_logp_gap=1e-3)
 FLAT = dict(rewards=["correctness"])                                                # every reward 0
@@ -219,6 +237,9 @@ TABLE = {
     "dataset_options": (problems, {"length": 3}, {"dataset": "synthetic:chain"}),
     "prompt_format": (prompts, "text", LOCAL), "system_prompt": (prompts, "Add the numbers.", LOCAL),
     "chat_template_kwargs": (prompts, {"enable_thinking": True}, LOCAL),
+    "watch": (watched(first_prompts), "rows.jsonl", WATCH | {"watch": "others.jsonl"}),
+    "watch_idle": (watched(lambda run, waited: waited), 3.0, WATCH),
+    "watch_target": (watched(lambda run, _: (run / "checkpoint-best").exists()), 1e6, WATCH),
     "shuffle": (problems, False, LOCAL), "max_train_samples": (problems, 3, LOCAL),
     "max_prompt_length": (prompts, 38, LOCAL),
     "num_generations": (rows_per_step, 3, {}),

@@ -18,6 +18,7 @@ from mlx_grpo import UserError, cast_floats, extract_answer, finite_or_none, lor
 # Beside the weights, where there is such a thing to continue with (mlx-lm reads model*.safetensors only): model_old that is
 # older than the model, a reference that has moved, what is left of the rollout batch.
 OLD_POLICY, REFERENCE, WINDOW = "old_policy.safetensors", "reference.safetensors", "rollouts.safetensors"
+ENDLESS = 10**9      # total_steps of a run that has no last one
 
 
 def save_checkpoint(path, learner, tokenizer, state, extra, phase):
@@ -118,6 +119,11 @@ def versions():
     return {"python": sys.version.split()[0]} | {p: version(p) for p in ("mlx", "mlx-lm", "numpy")}
 
 
+def step_of(step, total):
+    """"step 3/100", or "step 3" where there is no last one."""
+    return f"step {step}" + (f"/{total}" if total < ENDLESS else "")
+
+
 class RunLog:
     """metrics.jsonl and completions.jsonl of a run, and its lines on the terminal. run_dir None writes no files."""
 
@@ -176,7 +182,7 @@ class RunLog:
             self.first_step, self.started = m["step"] - 1, time.perf_counter() - m["step_time"]
         done = m["step"] - self.first_step
         left = (time.perf_counter() - self.started) / done * (total - m["step"])
-        parts = [f"step {m['step']}/{total}"]
+        parts = [step_of(m["step"], total)]
         if m.get("reward") is not None:
             parts += [f"reward {m['reward']:.3f} ±{m['reward_std'] or 0:.2f}", f"kl {m['kl']:.4f}",
                       f"clip {m['clip_ratio/region_mean']:.2f}",
@@ -184,7 +190,7 @@ class RunLog:
         parts += [f"loss {m['loss']:.4f}", f"lr {m['learning_rate']:.1e}", f"{m['step_time']:.1f} s"
                   + (f" (rollout {m['rollout_s']:.1f})" if "rollout_s" in m else ""), f"{m['peak_gb']:.1f} GB"]
         parts += [f"exact match {m['eval/exact_match']:.2f}"] if "eval/exact_match" in m else []
-        self.show(" | ".join(parts) + f" | {left / 60:.0f} min left", m["step"], total)
+        self.show(" | ".join(parts) + (f" | {left / 60:.0f} min left" if total < ENDLESS else ""), m["step"], total)
 
     def show(self, text, step, total):
         """Print a line; on a terminal above a progress bar with the time left."""
@@ -196,7 +202,7 @@ class RunLog:
 
             self.progress = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.progress.start()
-            self.bar = self.progress.add_task("training", total=total, completed=step - 1)
+            self.bar = self.progress.add_task("training", total=total if total < ENDLESS else None, completed=step - 1)
         self.progress.console.print(text, markup=False, highlight=False)
         self.progress.update(self.bar, completed=step)
 

@@ -19,8 +19,8 @@ from mlx_grpo.manifest import check_manifest
 FREE_TO_CHANGE = {
     "num_epochs", "max_steps", "logging_steps", "log_jsonl", "log_token_details", "save_steps", "save_total_limit",
     "save_best", "eval_steps", "eval_samples", "eval_every_updates", "eval_subset_size", "eval_max_new_tokens",
-    "eval_temperature", "output_dir", "run_name", "max_reward_errors", "max_bad_steps", "rollout_batch_size", "use_compile",
-    "callbacks"}
+    "eval_temperature", "watch_idle", "watch_target", "output_dir", "run_name", "max_reward_errors", "max_bad_steps",
+    "rollout_batch_size", "use_compile", "callbacks"}
 
 
 @contextlib.contextmanager
