@@ -15,13 +15,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a plain clone, from any directory
 
 from benchmarks.common import Peer, alternate, bench_parser, random_model, store, work  # noqa: E402
-from mlx_grpo import OPTIONS, UserError, run_command  # noqa: E402
+from mlx_grpo import UserError, run_command  # noqa: E402
 
 ABLATIONS = [  # (what, options of MLXGRPOConfig, constants of mlx_grpo): one fast path off, or one saving on
     ("as shipped", {}, {}),
-    ("full logits", {}, {"HEAD_CHUNK": 2**40}),
+    ("every completion computes its prompt", {"prefix_sharing": "off"}, {}),
+    ("one pass for the whole step", {"max_tokens_per_microbatch": 0}, {}),
+    ("logits of all completion tokens at once", {}, {"HEAD_CHUNK": 2**40}),
     ("gradient checkpointing", {"gradient_checkpointing": True}, {}),
-    ("compiled loss", {"use_compile": True}, {}),
+    ("8 rows decoded together", {"rollout_batch_size": 8}, {}),
     ("a copy to sample from", {"update_every": 2}, {}),
 ]
 PREFIX = [("prefix sharing", {"prefix_sharing": "on"}), ("plain", {"prefix_sharing": "off"})]
@@ -45,8 +47,6 @@ def step(o, folder):
 
 def prefix(o, folder):
     """Training alone, with and without the prompt shared by its group."""
-    if "prefix_sharing" not in OPTIONS:
-        raise UserError("this version has no option prefix_sharing")
     size = dict(prompts=1, prompt_tokens=32, G=4, max_tokens=8) if o.quick else \
         dict(prompts=1, prompt_tokens=512, G=16, max_tokens=64)
     model = random_model(folder)

@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))   # runs from a plain clone, from any directory
 
+from benchmarks.peers import OUT_OF_MEMORY  # noqa: E402
 from mlx_grpo import UserError, git_revision, linux_blas  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
@@ -94,28 +95,22 @@ def work(model, *, prompts=2, prompt_tokens=64, G=8, max_tokens=128, dtype="floa
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 class OutOfMemory(Exception):
-    """A peer went beyond its memory limit."""
+    """A peer went beyond its option limit_gb."""
 
 
 class Peer:
-    """One process of peers.py. python: its interpreter. limit_gb: of its address space (Linux)."""
+    """One process of peers.py. python: its interpreter."""
 
-    def __init__(self, name, options, python=None, limit_gb=None):
-        self.name, self.limit_gb = name, limit_gb
+    def __init__(self, name, options, python=None):
+        self.name = name
         self.log = tempfile.TemporaryFile("w+")
         threads = str(options["threads"])
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1",
                        "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
             [str(python or sys.executable), str(ROOT / "benchmarks/peers.py"), name, json.dumps(options)], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment, cwd=ROOT,
-            preexec_fn=self.limit if limit_gb else None)
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment, cwd=ROOT)
         self.about = self.read()
-
-    def limit(self):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (int(self.limit_gb * 1e9),) * 2)
 
     def read(self):
         line = self.process.stdout.readline()
@@ -124,7 +119,8 @@ class Peer:
         code = self.process.wait()
         self.log.seek(0)
         text = self.log.read()
-        if self.limit_gb and ("llocate" in text or "MemoryError" in text or code == -9):
+        self.log.close()
+        if code == OUT_OF_MEMORY:
             raise OutOfMemory(self.name)
         raise UserError(f"the peer {self.name} ended with {code}:\n{text[-4000:]}")
 

@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mlx", "mlx-lm", "mlx-lm-lora", "torch", "transformers", "trl", "numpy")
+OUT_OF_MEMORY = 77      # exit code of a peer that went beyond its limit_gb
 
 
 class Gate:
@@ -63,6 +65,16 @@ def mlx_core():
 
     return mx, {"device": "cpu" if mx.default_device() == mx.cpu else "metal" if mx.metal.is_available() else "cuda",
                 "blas": linux_blas.BLAS}
+
+
+def end_beyond(mx, limit_gb):
+    """End this process as soon as MLX's peak memory is above limit_gb."""
+    def watch():
+        while mx.get_peak_memory() <= limit_gb * 1e9:
+            time.sleep(0.02)
+        os._exit(OUT_OF_MEMORY)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def spread(completions, **_):
@@ -275,13 +287,15 @@ def sequential(gate, o):
 
 
 def full_logits(gate, o):
-    """The training of our_training in the usual way: logits of every position at once, one forward and backward pass."""
+    """The training of our_training in the usual way: logits of every position at once, one forward and backward pass.
+    o["limit_gb"]: of memory."""
     mx, about = mlx_core()
     import mlx.nn as nn
     import random
     from mlx.optimizers import AdamW
     from mlx_lm import load
 
+    end_beyond(mx, o["limit_gb"])
     model, tokenizer = load(o["model"])
     rng, T = random.Random(0), o["max_tokens"]
     rows = mx.array([tokenizer.encode(text, add_special_tokens=False) + [rng.randrange(5, 256) for _ in range(T)]
