@@ -41,7 +41,7 @@ def main():
     parser = bench_parser(__doc__, 3)
     parser.add_argument("--tests", nargs="+", metavar="FILE", default=[f"tests/{name}.py" for name in TESTS])
     parser.add_argument("--no-tests", action="store_true")
-    parser.add_argument("--dtypes", nargs="+", choices=MAX_GAP, help="default: float32, and bfloat16 where it is the device's own")
+    parser.add_argument("--dtypes", nargs="+", choices=MAX_GAP, help="default: float32, and bfloat16 on Metal and CUDA")
     parser.add_argument("--max-gap", type=float, help="nats (default: 1e-4 in float32, 0.05 in bfloat16)")
     parser.add_argument("--shape", choices=SHAPES, default="7m")
     parser.add_argument("--vocab", type=int, default=8192)

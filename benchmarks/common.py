@@ -22,12 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))   # runs from a plain clone, from any directory
 
 from benchmarks.peers import OUT_OF_MEMORY  # noqa: E402
-from mlx_grpo import UserError, git_revision, linux_blas  # noqa: E402
+from mlx_grpo import UserError, linux_blas  # noqa: E402
+from mlx_grpo.run_dir import git_revision  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 SHAPES = {  # name: config.json of a random model
+    "tiny": dict(model_type="qwen3", hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=16),
     "7m": dict(model_type="qwen3", hidden_size=256, num_hidden_layers=6, intermediate_size=768, num_attention_heads=4,
                num_key_value_heads=2, head_dim=64),
     "100m": dict(model_type="qwen3", hidden_size=768, num_hidden_layers=14, intermediate_size=2304, num_attention_heads=12,
@@ -35,7 +38,6 @@ SHAPES = {  # name: config.json of a random model
     "qwen2.5-0.5b": dict(model_type="qwen2", hidden_size=896, num_hidden_layers=24, intermediate_size=4864,
                          num_attention_heads=14, num_key_value_heads=2),
 }
-ENDS_EARLY = 64     # end tokens of a model whose completions end by themselves: one token in vocabulary / 64 on average
 
 
 def random_model(directory, shape="7m", vocab_size=8192, dtype="float32", ends_early=False):
@@ -76,7 +78,8 @@ def save_tokenizer(path, vocab_size):
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = tokenizers.decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>").save_pretrained(path)
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(path)
 
 
 def random_prompts(lengths):
@@ -147,8 +150,9 @@ def alternate(peers, rounds, warmup=1, turns=None):
         for name, peer in peers.items():
             if i < warmup + min(rounds, (turns or {}).get(name, rounds)):
                 figures = peer.turn()
-                print(f"  {name:34} {'warm-up' if i < warmup else f'{i - warmup + 1}/{rounds}':8} {figures['seconds']:8.2f} s"
-                      f"{figures['tokens'] / figures['seconds']:9.1f} tokens/s", flush=True)
+                turn = "warm-up" if i < warmup else f"{i - warmup + 1}/{rounds}"
+                speed = figures["tokens"] / figures["seconds"]
+                print(f"  {name:44}{turn:8}{figures['seconds']:9.2f} s{speed:9.1f} tokens/s", flush=True)
                 found[name] += [figures] * (i >= warmup)
     rows = {name: row(turns) | {"versions": peers[name].about["versions"]} for name, turns in found.items()}
     for peer in peers.values():

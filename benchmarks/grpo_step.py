@@ -2,9 +2,9 @@
 A whole GRPO step, ours against mlx-lm-lora, TRL on torch, and the plain sequential loop: seconds and memory.
 
     python benchmarks/grpo_step.py                                    # 2 prompts x 8 completions x 128 tokens, 7M parameters
-    python benchmarks/grpo_step.py --peers ours trl --rounds 3
+    python benchmarks/grpo_step.py --peers ours TRL --rounds 3
     python benchmarks/grpo_step.py --shape qwen2.5-0.5b --vocab 151936 --dtype bfloat16 --prompts 1 --num-generations 16 \\
-        --max-tokens 256 --peers ours trl --name grpo_step_cuda       # on an NVIDIA GPU
+        --max-tokens 256 --peers ours TRL --name grpo_step_cuda       # on an NVIDIA GPU
 
 Every program is a process of its own on the same model directory, prompts, lengths, learning rate and dtype; they take
 turns, step by step, after one that doesn't count. mlx-lm-lora needs an environment of its own (docs/benchmarks.md).

@@ -57,10 +57,13 @@ class Gate:
         self.say(seconds=seconds, resident_gb=resident / 1e9, **figures)
 
 
-def mlx_core():
-    """(mlx.core, what ready() tells of it), after the fast BLAS."""
-    sys.path.append(str(ROOT / "utils"))
-    import linux_blas
+def mlx_core(ours=False):
+    """(mlx.core, what ready() tells of it), after the fast BLAS: as part of mlx_grpo, or by itself for the others."""
+    sys.path.insert(0, str(ROOT if ours else ROOT / "utils"))
+    if ours:
+        from mlx_grpo import linux_blas
+    else:
+        import linux_blas
     import mlx.core as mx
 
     return mx, {"device": "cpu" if mx.default_device() == mx.cpu else "metal" if mx.metal.is_available() else "cuda",
@@ -88,7 +91,6 @@ def spread(completions, **_):
 def our_trainer(o, **more):
     """An MLXGRPOTrainer on the benchmark's work; o["options"] are options of MLXGRPOConfig on top of it, o["constants"]
     of the module."""
-    sys.path.insert(0, str(ROOT))
     import mlx_grpo
 
     for name, value in o.get("constants", {}).items():
@@ -109,7 +111,7 @@ def our_trainer(o, **more):
 
 def ours(gate, o):
     """Whole GRPO steps."""
-    mx, about = mlx_core()
+    mx, about = mlx_core(ours=True)
     trainer = our_trainer(o)
     gate.ready(**about)
     while True:
@@ -121,7 +123,7 @@ def ours(gate, o):
 
 def our_training(gate, o):
     """GRPO steps on completions that are there already, random ones of max_tokens each: the training alone."""
-    mx, about = mlx_core()
+    mx, about = mlx_core(ours=True)
     import random
 
     from mlx_grpo import Rollout
@@ -145,7 +147,7 @@ def our_training(gate, o):
 
 def our_rollouts(gate, o):
     """Completions for every prompt, nothing else."""
-    mx, about = mlx_core()
+    mx, about = mlx_core(ours=True)
     trainer = our_trainer(o)
     gate.ready(**about)
     while True:

@@ -47,7 +47,7 @@ def main():
     for bits in () if o.no_demo else BITS:
         with tempfile.TemporaryDirectory() as folder:
             demo = run_demo(Variant(f"demo at {bits} bits", bit_options(bits)), folder)
-        rows.append({"shape": "demo", "bits": bits, "before": demo["before"], "after": demo["after"], "step_s": demo["step_s"]})
+        rows.append({"shape": "demo", "bits": bits, **{key: demo[key] for key in ("before", "after", "step_s")}})
         print(f"  demo at {bits} bits: exact match {demo['before']:.3f} -> {demo['after']:.3f}", flush=True)
     store("quantised_rollouts", rows, {"max_tokens": o.max_tokens, "num_generations": o.num_generations,
                                        "threads": o.threads, "rounds": o.rounds}, o.out)

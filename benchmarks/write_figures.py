@@ -54,8 +54,8 @@ def grpo_step(record):
     rows, found = record["rows"], []
     for name, r in rows.items():
         ratio = "" if name == "ours" else f"{r['median_s'] / rows['ours']['median_s']:.2f}x"
-        found.append([name, number(r["median_s"]), number(r["best_s"]), number(r["rollout_s"]), ratio, number(r.get("peak_gb")),
-                      number(r["resident_gb"])])
+        found.append([name, number(r["median_s"]), number(r["best_s"]), number(r["rollout_s"]), ratio,
+                      number(r.get("peak_gb")), number(r["resident_gb"])])
     return [*table(["", "median, s", "best median of three, s", "of it rollouts, s", "time of ours", "MLX or CUDA peak, GB",
                     "resident, GB"], found), "", measured(record)]
 
@@ -66,11 +66,12 @@ def rollouts(record):
         if name != "limits":
             work, _, who = name.partition(", ")
             ratio = rows[f"{work}, ours"]["tokens_per_s"] / r["tokens_per_s"]
-            found.append([work, who, number(r["tokens_per_s"]), "" if who == "ours" else f"{ratio:.2f}", number(r["peak_gb"])])
+            found.append([work, who, number(r["tokens_per_s"]), "" if who == "ours" else f"{ratio:.2f}",
+                          number(r["peak_gb"])])
     limits = rows["limits"]
     return [*table(["", "", "tokens/s", "ours over it", "peak, GB"], found), "",
-            f"The machine: {number(limits['matmul_gflops'])} GFLOP/s in float32 matmuls, {number(limits['read_gb_s'])} GB/s read, "
-            f"{number(limits['exp_ns'])} ns an exponential. For this model and batch that bounds decoding at "
+            f"The machine: {number(limits['matmul_gflops'])} GFLOP/s in float32 matmuls, {number(limits['read_gb_s'])} GB/s "
+            f"read, {number(limits['exp_ns'])} ns an exponential. For this model and batch that bounds decoding at "
             f"{number(limits['matmul_tokens_per_s'])} tokens/s (matmuls alone) and {number(limits['read_tokens_per_s'])} "
             "(reading weights, keys and values).", "", measured(record)]
 
@@ -81,8 +82,8 @@ def training_memory(record):
               limit if r["full_gb"] is None else number(r["full_gb"]),
               "" if r["full_gb"] is None else f"{r['ours_gb'] / r['full_gb']:.2f}", number(r["ours_s"]), number(r["full_s"])]
              for r in record["rows"]]
-    return [*table(["vocabulary", "rows x tokens", "ours, GB", "full logits, GB", "ours over full", "ours, s", "full, s"], found),
-            "", measured(record)]
+    head = ["vocabulary", "rows x tokens", "ours, GB", "full logits, GB", "ours over full", "ours, s", "full, s"]
+    return [*table(head, found), "", measured(record)]
 
 
 def shared_prefix(record):
@@ -98,8 +99,8 @@ def ablation(record):
     base, found = rows["as shipped"], []
     for name, r in rows.items():
         options = "<br>".join(f"`{key} = {json.dumps(value)}`" for key, value in r["changed"].items())
-        found.append([name, options, number(r["median_s"]), f"{r['median_s'] / base['median_s']:.2f}", number(r["rollout_s"]),
-                      number(r["median_s"] - r["rollout_s"]), number(r["peak_gb"])])
+        found.append([name, options, number(r["median_s"]), f"{r['median_s'] / base['median_s']:.2f}",
+                      number(r["rollout_s"]), number(r["median_s"] - r["rollout_s"]), number(r["peak_gb"])])
     return [*table(["", "changed", "s a step", "of the first", "rollouts, s", "training, s", "peak, GB"], found), "",
             measured(record)]
 
@@ -107,7 +108,8 @@ def ablation(record):
 def scaling(record):
     found = [[r["curve"], r["group"], f"{r['vocabulary']:,}", r["completion"], number(r["median_s"]), number(r["rollout_s"]),
               number(r["peak_gb"])] for r in record["rows"]]
-    return [*table(["varied", "G", "vocabulary", "tokens", "s a step", "of it rollouts, s", "peak, GB"], found), "",
+    return ["![seconds and memory by group size, vocabulary and completion length](scaling.svg)", "",
+            *table(["varied", "G", "vocabulary", "tokens", "s a step", "of it rollouts, s", "peak, GB"], found), "",
             measured(record)]
 
 
@@ -118,7 +120,8 @@ def quantised_rollouts(record):
     demo = [[bits(r), f"{r['before']:.3f}", f"{r['after']:.3f}", number(r["step_s"])]
             for r in record["rows"] if r["shape"] == "demo"]
     return [*table(["model", "bits", "tokens/s", "peak, GB", "gap, nats"], speed), "",
-            *(table(["the demo, bits", "exact match before", "after", "s a step"], demo) if demo else []), "", measured(record)]
+            *(table(["the demo, bits", "exact match before", "after", "s a step"], demo) + [""] if demo else []),
+            measured(record)]
 
 
 def headline(record):
@@ -133,7 +136,8 @@ def headline(record):
 
 
 FIGURES = {  # NAME: (file in benchmarks/results, function)
-    "headline": ("grpo_step", headline), "grpo_step": ("grpo_step", grpo_step), "grpo_step_cuda": ("grpo_step_cuda", grpo_step),
+    "headline": ("grpo_step", headline), "grpo_step": ("grpo_step", grpo_step),
+    "grpo_step_cuda": ("grpo_step_cuda", grpo_step),
     "rollouts": ("rollouts", rollouts), "training_memory": ("training_memory", training_memory),
     "shared_prefix": ("shared_prefix", shared_prefix), "ablation": ("ablation", ablation), "scaling": ("scaling", scaling),
     "quantised_rollouts": ("quantised_rollouts", quantised_rollouts),
@@ -170,8 +174,8 @@ def drawing(record):
             parts += svg_panel({"title": f"{what} by {unit}", "zero": True}, [(*drawn, drawn[2]) for drawn in lines],
                                column * WIDTH, row * HEIGHT)
     width, height = 2 * WIDTH, len(curves) * HEIGHT
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">',
-                      "<title>Scaling of a GRPO step</title>", f"<style>{SVG_STYLE}</style>",
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
+    return "\n".join([head, "<title>Scaling of a GRPO step</title>", f"<style>{SVG_STYLE}</style>",
                       '<rect width="100%" height="100%"/>', *parts, "</svg>", ""])
 
 
