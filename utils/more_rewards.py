@@ -66,7 +66,7 @@ def bind_options(spec, name, function, given):
     if missing := [key for key, p in known.items() if p.default is p.empty and key not in given]:
         raise ConfigError(f"{where}: {missing[0]} is missing; reward {spec!r} can't do without it")
     made = function.make(**{key: checked(f"{where}.{key}", value, known[key].annotation) for key, value in given.items()})
-    made.__doc__ = function.__doc__
+    made.__doc__, made.__name__ = function.__doc__, name
     return made
 
 
@@ -228,6 +228,21 @@ def code(tests_column: str = "tests", timeout: float = 5.0, memory_mb: int = 512
     return module.make_reward(tests_column, timeout, memory_mb, partial, workers, allow_unsandboxed)
 
 
+@maker
+def judge(url: str, model: str, prompt: str = "", scale: list = [0, 10], temperature: float = 0.0,      # noqa: B006
+          max_tokens: int = 512, api_key_env: str = "OPENAI_API_KEY", timeout: float = 60.0, retries: int = 4,
+          concurrency: int = 8, cache: str = "outputs/judge.sqlite", price_in: float = 0.0, price_out: float = 0.0,
+          max_cost: float = 0.0, body: dict = {}):                                                      # noqa: B006
+    """The score, moved to 0..1, that a model behind an OpenAI-compatible endpoint gives; None where it gives none.
+
+    prompt: with {prompt}, {completion}, {answer}; empty = a general one, whose reply ends "Score: N" within `scale`. Prices:
+    US dollars for a million tokens. max_cost: US dollars over all runs with this cache, then the run stops; 0 = no limit.
+    body: further fields of the request."""
+    given = dict(locals())
+    module = importlib.import_module("mlx_grpo.judge")
+    return module.make_reward(**given | {"prompt": prompt or module.PROMPT})
+
+
 MORE_REWARDS = {
     "math_verify": math_verify,
     "regex": regex,
@@ -236,4 +251,5 @@ MORE_REWARDS = {
     "repetition": repetition,
     "cosine_length": cosine_length,
     "code": code,
+    "judge": judge,
 }
