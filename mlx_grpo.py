@@ -251,6 +251,7 @@ class MLXGRPOConfig:
     log_jsonl: bool = opt(True, "write metrics.jsonl and completions.jsonl")
     log_token_details: int = opt(4, "completions a step whose tokens and log-probs are logged, for the report", low=0)
     callbacks: list[str] = opt([], '"my_hooks.py:EarlyStop": your own code at the events of a run (docs/hooks.md)')
+    health: dict = opt({}, "thresholds of the warnings in docs/health.md, false = off: { entropy = 0.05, swap = false }")
     save_total_limit: int = opt(0, "whole checkpoints to keep, beside the last and the best; 0 = all", low=0)
     save_best: str = opt("", 'metric whose best value so far saves a checkpoint, "eval/exact_match" for instance; empty = none')
     max_bad_steps: int = opt(0, "batches that are not finite at full precision and are left out, before the run stops", low=0)
@@ -272,9 +273,11 @@ class MLXGRPOConfig:
         if Path(self.run_name).is_absolute() or ".." in Path(self.run_name).parts:
             raise ConfigError(f"run_name is {self.run_name!r}, which leaves output_dir; name the place in output_dir")
         check_objective(self)
+        from mlx_grpo.health import check_thresholds
         from mlx_grpo.optimizers import check_optimizer
 
         check_optimizer(self)
+        check_thresholds(self.health)
         if self.max_new_tokens > self.max_completion_length:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens} but max_completion_length is "
                               f"{self.max_completion_length}; lower the first or raise the second")
@@ -1681,7 +1684,7 @@ def merge_metrics(parts):
 
 # ---- trainer ---------------------------------------------------------------------------------------------------------
 
-from mlx_grpo.hooks import TrainerCallback, find_callbacks  # noqa: E402, F401
+from mlx_grpo.hooks import TrainerCallback, all_callbacks, find_callbacks, restore, states  # noqa: E402, F401
 from mlx_grpo.learner import Learner, checkpointed_blocks, clip_gradients, lora_parameters, prepare_trainable  # noqa: E402
 
 
@@ -1728,7 +1731,7 @@ class MLXGRPOTrainer:
     def __init__(self, model, tokenizer, reward_funcs, args, train_dataset, eval_dataset=None, *, rollout_func=None,
                  teacher=None, callbacks=None, run_dir=None):
         self.args, self.tokenizer = args, tokenizer
-        self.callbacks = find_callbacks(args.callbacks if callbacks is None else callbacks)
+        self.callbacks = all_callbacks(args, callbacks)
         check_loss(args.loss_type)
         self.scorer = Scorer(find_rewards(reward_funcs, args.reward_options), args.reward_weights, args.on_reward_error,
                              args.max_reward_errors)
@@ -2189,7 +2192,7 @@ class MLXGRPOTrainer:
         is left of a rollout batch among it; written under a temporary name and renamed. Raises UserError."""
         state = {name: vars(self)[name] for name in self.STATE}
         state |= {"step": self.step_count, "total_steps": self.total_steps, "reward_errors": self.scorer.errors,
-                  "config": asdict(self.args)}
+                  "config": asdict(self.args), "callbacks": states(self.callbacks)}
         steps, arrays = [[id(b) for b in batches] for batches in self.window], {}
         order = list(dict.fromkeys(i for ids in steps for i in ids))       # a Batch may serve several steps: stored once
         for batch in (b for batches in self.window for b in batches):
@@ -2212,6 +2215,7 @@ class MLXGRPOTrainer:
         for name in self.STATE:
             setattr(self, name, state[name])
         self.scorer.errors = state["reward_errors"]
+        restore(self.callbacks, state["callbacks"])
         arrays = mx.load(str(path / WINDOW)) if (path / WINDOW).exists() else {}
         count = 1 + max((i for ids in state["window"] for i in ids), default=-1)
         batches = [read_batch({k.partition(".")[2]: a for k, a in arrays.items() if k.startswith(f"{i}.")}) for i in range(count)]

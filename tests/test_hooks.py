@@ -64,7 +64,7 @@ def test_callbacks_are_named_in_the_configuration_as_classes_or_objects(tmp_path
     config = replace(CONFIG, max_steps=1, callbacks=[f"{tmp_path}/hooks.py:Adds", f"{tmp_path}/hooks.py:seven"])
     metrics = make_trainer(tmp_path, config).train()
     assert (metrics["added/1"], metrics["added/7"]) == (1, 7)
-    assert make_trainer(tmp_path, config, callbacks=[]).callbacks == []          # the argument replaces the option
+    assert len(make_trainer(tmp_path, config, callbacks=[]).callbacks) == 1      # the argument replaces the option; the monitor stays
 
 
 @pytest.mark.parametrize("text, name, reason", [
@@ -183,3 +183,20 @@ def test_the_guide_names_every_event_and_every_example():
     events = {name for name in vars(TrainerCallback) if name.startswith("on_")}
     assert set(re.findall(r"^\| `(on_\w+)", DOC, re.M)) == events
     assert set(re.findall(r"examples/(\w+\.py)", DOC)) == {path.name for path in EXAMPLES.glob("*.py")}
+
+
+def test_what_a_callback_keeps_in_its_state_survives_a_resume(tmp_path):
+    class Counts(TrainerCallback):
+        def __init__(self):
+            self.state = []
+
+        def on_step_end(self, trainer, metrics):
+            self.state.append(metrics["step"])
+
+    config = replace(LOGGED, max_steps=2)
+    make_trainer(tmp_path, config, callbacks=[Counts(), Counts()]).train()
+    mine = [Counts(), Counts(), Counts()]          # the third one is new
+    again = make_trainer(tmp_path, replace(config, max_steps=3), callbacks=mine)
+    again.load_checkpoint(tmp_path / "checkpoint-2")
+    again.train()
+    assert [callback.state for callback in mine] == [[1, 2, 3], [1, 2, 3], [3]]

@@ -8,7 +8,12 @@ from mlx_grpo import ConfigError, load_symbol
 
 class TrainerCallback:
     """Override what you need. `trainer` is the MLXGRPOTrainer; `metrics` is the dictionary that becomes a line of
-    metrics.jsonl and may be added to (numbers, texts, lists). What is raised here stops the run with its traceback."""
+    metrics.jsonl and may be added to (numbers, texts, lists). What is raised here stops the run with its traceback.
+
+    state: what a resumed run needs to go on as an unbroken one would, anything that JSON holds; None = nothing. It is kept
+    in every checkpoint and given back before on_train_begin of the resumed run."""
+
+    state = None
 
     def on_train_begin(self, trainer):
         """Before the first step, also of a run that is resumed: trainer.step_count steps are done."""
@@ -50,3 +55,26 @@ def find_callbacks(specs):
             raise ConfigError(f"callback {spec!r}: {kind} is no TrainerCallback (from mlx_grpo import TrainerCallback)")
         found.append(callback)
     return found
+
+
+def all_callbacks(config, given=None):
+    """A run's callbacks in their order: the health monitor, whose warnings the others see, then those `given`, or, where
+    that is None, the configuration's. Raises ConfigError."""
+    from mlx_grpo.health import HealthMonitor
+
+    return [HealthMonitor(config.health), *find_callbacks(config.callbacks if given is None else given)]
+
+
+def states(callbacks):
+    """[[class name, state]] of the callbacks that have one."""
+    return [[type(callback).__name__, callback.state] for callback in callbacks if callback.state is not None]
+
+
+def restore(callbacks, saved):
+    """Give the callbacks their states back: the first of a class gets the first one saved under its name, and so on. A
+    callback that is new in this run keeps the state that it has."""
+    for callback in callbacks:
+        entry = next((entry for entry in saved if entry[0] == type(callback).__name__), None)
+        if entry:
+            callback.state = entry[1]
+            saved = [other for other in saved if other is not entry]

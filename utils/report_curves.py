@@ -39,8 +39,10 @@ CHARTS = [
     {"title": "Loss", "note": "near 0 on policy whatever is learnt: watch the reward", "series": {"loss": "loss"}},
     {"title": "Learning rate", "note": "of the update", "zero": True, "series": {"rate": "learning_rate"}},
     {"title": "Memory", "note": "GB", "zero": True, "series": {"*": "*_gb"}},
+    {"title": "Memory in use", "note": "share of the device's limit, of the system's memory, of its swap", "zero": True,
+     "series": {"*": "machine/*_share"}},
     {"title": "Time by phase", "note": "seconds of a step", "zero": True, "series": {"*": "*_s"}, "total": "step_time"},
-    {"title": "Health", "note": "the trainer's own checks; 0 is well", "series": {"*": "health/*"}},
+    {"title": "Health", "note": "the trainer's warnings, steps so far at which each held", "series": {"*": "health/*"}},
 ]
 README = ["Exact match", "Reward", "Reward by function", "Completion length", "Entropy", "KL to the reference"]
 COLORS = ["#2f6db5", "#c4622d", "#2e8b67", "#8a5fb0", "#a98a1f", "#b8435a", "#3f8fa3", "#777f8c"]

@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from mlx_grpo import UserError
+from mlx_grpo.health import explanation
 
 MAX_POINTS = 4000          # steps of a run in the page; longer runs are thinned to every 2nd, 3rd, ... step
 PAIRED = {"train": 24, "eval": 200}    # problems whose first and last completions come first, for before and after
@@ -165,8 +166,9 @@ def spread(items):
 
 
 def health_warnings(rows):
-    """[{text, first, last, count}] of what the trainer warned of: the entries of "warnings", and the metrics named
-    health/* that are true, a text, or a number other than 0. The same warning at several steps is one entry."""
+    """[{text, first, last, count}] of what the trainer warned of: the metrics named health/* that are true, a text, or a
+    number other than 0, those of the health monitor with its advice; and the entries of "warnings", which a callback may
+    add. The same warning at several steps is one entry."""
     found = {}
     for row in rows:
         warnings = row.get("warnings") or []
@@ -174,7 +176,7 @@ def health_warnings(rows):
         for key, value in row.items():
             if key.startswith("health/") and value:
                 name = key.removeprefix("health/")
-                texts.append(f"{name}: {value}" if isinstance(value, str) else name)
+                texts.append(explanation(key) or (f"{name}: {value}" if isinstance(value, str) else name))
         for text in dict.fromkeys(texts):
             entry = found.setdefault(text, {"text": text, "first": row["step"], "last": row["step"], "count": 0})
             entry["last"], entry["count"] = row["step"], entry["count"] + 1
