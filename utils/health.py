@@ -139,8 +139,8 @@ RULES = {
         "raise max_new_tokens, ask for shorter answers, or check that the model can end (its end token, `stop`)", truncated),
     "no_spread": Rule(
         1.0, "the rewards in each group are all equal, so nothing is learnt",
-        "if they are at their best, the task is learnt; else raise temperature or num_generations, take easier problems, add "
-        "a reward with steps between 0 and 1, or set dynamic_sampling", no_spread),
+        "if they are at their best, the task is learnt; else raise temperature or num_generations, take easier problems, "
+        "add a reward with steps between 0 and 1, or set dynamic_sampling", no_spread),
     "no_format": Rule(
         0.0, "every format reward is 0",
         "say the format in system_prompt, show it by `sft` first, or remove those rewards", no_format),
@@ -179,7 +179,7 @@ RULES = {
         "close other programs, or lower batch_size and rollout_batch_size", in_use("machine/swap_share"), True),
     "memory_growth": Rule(
         0.1, "memory held between steps keeps growing",
-        "a callback, reward or rollout_func may keep arrays of earlier steps: let it keep plain numbers; until then, resuming "
+        "a callback, reward or rollout_func may keep arrays of earlier steps: let it keep plain numbers; resuming the run "
         "frees it", growing, True),
 }
 THRESHOLDS = {"steps": STEPS} | {name: rule.threshold for name, rule in RULES.items()}
