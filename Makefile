@@ -15,10 +15,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -q -n $(strip $(JOBS)) --dist loadfile -m "not ($(SLOW))"
 
-test-group: $(VENV)/.installed-test $(if $(findstring vision,$(GROUP)),$(VENV)/.installed-vision)    # make test-group GROUP=parity
+test-group: $(VENV)/.installed-test $(if $(findstring vision,$(GROUP)),$(VENV)/.installed-vision) $(if $(findstring parity,$(GROUP)),$(VENV)/.installed-lm-eval)    # make test-group GROUP=parity
 	$(VENV)/bin/python -m pytest -q -n $(strip $(JOBS)) --dist loadfile -m "$(GROUP)"
 
-test-all: $(VENV)/.installed-test $(VENV)/.installed-vision
+test-all: $(VENV)/.installed-test $(VENV)/.installed-vision $(VENV)/.installed-lm-eval
 	$(VENV)/bin/python -m pytest -q -n $(strip $(JOBS)) --dist loadfile
 
 bench: $(VENV)/.installed-test .venv-bench/.installed    # 25 minutes on a quiet machine: docs/benchmarks.md
@@ -41,6 +41,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-lm-eval: $(VENV)/.installed-test
+	$(PIP) -e '.[lm-eval]'
 	touch $@
 
 $(VENV)/.installed-vision: $(VENV)/.installed-test

@@ -2503,7 +2503,7 @@ def add_train_arguments(parser):
 COMMANDS = {   # name: (module with add_arguments(parser) and run_command's function, or None for train_command; help)
     "train": (None, "train by GRPO (the default command)"),
     "sft": (None, "supervised warm start on the data's demonstrations"),
-    "eval": ("evaluation", "exact match on the held-out problems"),
+    "eval": ("evaluation", "exact match, pass@k, maj@k of a model; two models compared"),
     "rewards": ("reward_check", "list and explain the reward functions"),
     "plan": ("plan", "options with their sources, parameters and memory"),
     "report": ("report", "a run, or several, as one HTML page"),

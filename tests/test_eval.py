@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import shlex
 from collections import Counter
 from dataclasses import replace
 from math import comb
@@ -288,3 +290,26 @@ def test_two_models_are_asked_the_same_with_the_same_random_numbers(tmp_path, re
     run("--samples", 2, "--temperature", 1, "--compare", "before.json", base, "--output", "d.json")
     assert read("d.json")["differences"]["avg@2"]["difference"] == 0
     assert "samples is 2 and 4" in refusal("--samples", 4, "--temperature", 1, "--compare", "before.json", base)
+
+
+# ---- the guide
+
+@pytest.mark.parametrize("page", ["evaluation", "incremental"])
+def test_the_commands_of_the_guide_run_in_their_order(page, tmp_path):
+    """In a directory like a clone after the demo; fewer problems."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "outputs/demo-1").mkdir(parents=True)
+    (tmp_path / "outputs/demo-1/checkpoint-30").symlink_to(ROOT / "data/demo_model")
+    rows = [{"question": f"{i}+{i}", "answer": str(2 * i % 10)} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+    assert len(commands) == {"evaluation": 7, "incremental": 1}[page]
+    for command in commands:
+        python, script, *argv = shlex.split(command)
+        assert (python, script) == ("python", "mlx_grpo.py")
+        if "before.json after.json" not in command:
+            argv += ["--set", "eval_samples=8", *(["--limit", "8"] if argv[0] == "eval" else ["--set", "num_generations=2"])]
+        assert main(argv) == 0, command
+    assert {"evaluation": tmp_path / "comparison.md", "incremental": tmp_path / "outputs/demo-2/checkpoint-last"}[page].exists()
