@@ -101,7 +101,8 @@ def test_a_faulty_sweep_file_is_refused_in_one_line_that_names_it(tmp_path, text
 def test_every_kind_of_value_reaches_the_run_as_it_was(monkeypatch):
     monkeypatch.delenv("MLX_GRPO_CONFIG", raising=False)
     values = {"learning_rate": 1e-05, "stop": ["a\"b", "\u00fc\U0001f600\n"], "system_prompt": " \"quoted\" = \u00fc\n",
-              "rollout_precision": {"model.layers.0": 0, "lm_head": 8}, "use_compile": False, "quantize_for_rollouts": "auto",
+              "rollout_precision": {"model.layers.0": 0, "lm_head": 8}, "use_compile": False,
+              "quantize_for_rollouts": "auto",
               "rollout_bits": [4, 8, 0], "max_train_samples": 3, "run_name": "12"}
     config, _ = load_config(None, set_arguments(values)[1::2])
     assert {name: vars(config)[name] for name in values} == values
@@ -123,7 +124,8 @@ def test_runs_are_ranked_by_the_metric_and_failed_ones_come_last(tmp_path):
     last = ranked(runs, Space("grid", 0, 0, "reward", "max", "last", "train", {}), tmp_path)[0]
     assert last["value"] == read_metrics(tmp_path / last["name"])[-1]["reward"] and last["steps"] == 10
     text = table(rows, space)
-    assert len({line.replace("\\|", "").count("|") for line in text.splitlines()}) == 1 and r"failed: ended by \| SIGKILL" in text
+    assert len({line.replace("\\|", "").count("|") for line in text.splitlines()}) == 1
+    assert r"failed: ended by \| SIGKILL" in text
     assert text in write_results(runs, space, tmp_path)[0]
     svg = (tmp_path / "curves.svg").read_text()
     assert "run-001 kl_coeff = 0.1" in svg and "run-002" in svg and (tmp_path / "report.html").stat().st_size > 10_000
@@ -187,7 +189,8 @@ def test_a_crash_doesnt_end_the_sweep_and_finished_runs_are_not_run_again(place,
     capsys.readouterr()
     assert sweep(place, text, "--retry") == 0
     out = capsys.readouterr().out
-    assert {r["status"] for r in state().values()} == {"finished"} and (tmp_path / "out/sweep-s/run-001.log").read_bytes() == seen
+    assert {r["status"] for r in state().values()} == {"finished"}
+    assert (tmp_path / "out/sweep-s/run-001.log").read_bytes() == seen
     assert out.count("| run-00") == 3 and "eval/exact_match (last)" in out
     assert sweep(place, text) == 0 and "run-001 (" not in capsys.readouterr().out        # nothing is left to do
     with pytest.raises(UserError, match="learning_rate differ"):

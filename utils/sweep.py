@@ -75,15 +75,16 @@ class Sweep:
         record = self.read() if self.file.exists() else {"format": 1, "base": base, "runs": []}
         changed = sorted(name for name in base.keys() | record["base"].keys() if base.get(name) != record["base"].get(name))
         if changed:
-            raise UserError(f"{directory} was begun with another configuration ({', '.join(changed)} differ), so its runs can't be "
-                            "compared with new ones; set it back, or choose another --output")
+            raise UserError(f"{directory} was begun with another configuration ({', '.join(changed)} differ), so its runs "
+                            "can't be compared with new ones; set it back, or choose another --output")
         self.base, self.runs = record["base"], record["runs"]
         known = {key_of(run["values"]): run for run in self.runs}
         self.plan = []
         for values, trouble in plan:
             run = known.get(key_of(values))
             if run is None:
-                run = {"name": f"run-{len(self.runs) + 1:03d}", "values": values, "status": "planned", "reason": None, "seconds": 0.0}
+                run = {"name": f"run-{len(self.runs) + 1:03d}", "values": values, "status": "planned", "reason": None,
+                       "seconds": 0.0}
                 self.runs.append(run)
             if trouble:
                 run |= {"status": "failed", "reason": trouble}
@@ -96,10 +97,12 @@ class Sweep:
                 raise ValueError("unknown format")
             return record
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.file}: not the state of a sweep ({error}); mend it, or choose another --output") from error
+            raise UserError(f"{self.file}: not the state of a sweep ({error}); mend it, or choose another --output"
+                            ) from error
 
     def save(self):
-        write_file(self.file, json.dumps({"format": 1, "base": self.base, "runs": self.runs}, indent=2, ensure_ascii=False) + "\n")
+        record = {"format": 1, "base": self.base, "runs": self.runs}
+        write_file(self.file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
     def left(self, retry):
         """The planned runs that are still to be done."""
@@ -141,7 +144,8 @@ def run_child(command, log, lock, children, stopped):
     the lock holds until the run has ended. It has a session of its own, so that Ctrl-C reaches it once, by way of us."""
     with open(log, "ab") as file:
         child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                 pass_fds=[lock.fileno()], start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+                                 pass_fds=[lock.fileno()], start_new_session=True,
+                                 env=os.environ | {"PYTHONUNBUFFERED": "1"})
         children[:] = [child]
         if stopped:                       # while it was being started
             child.send_signal(signal.SIGTERM)
@@ -175,7 +179,8 @@ def run_all(sweep, args, lock):
             else:
                 run |= {"status": "failed", "reason": last_words(log, code)}
             sweep.save()
-            print(f"{run['name']} {run['status']}{': ' + run['reason'] if run['reason'] else ''} ({run['seconds']:.0f} s)", flush=True)
+            reason = f": {run['reason']}" if run["reason"] else ""
+            print(f"{run['name']} {run['status']}{reason} ({run['seconds']:.0f} s)", flush=True)
             if stopped:
                 return stopped[0]
     return 0
@@ -197,7 +202,8 @@ def run(args):
     if args.dry_run:
         sweep = Sweep(directory, space, base, plan)
         for one in sweep.plan:
-            print(f"{one['name']} {one['status']:12} {label(one['values'])}" + (f" | {one['reason']}" if one["reason"] else ""))
+            reason = f" | {one['reason']}" if one["reason"] else ""
+            print(f"{one['name']} {one['status']:12} {label(one['values'])}{reason}")
         print(f"{len(sweep.left(args.retry))} of {len(sweep.plan)} runs to do in {directory}")
         return 0
     with run_lock(directory, "--output", "--output") as lock:

@@ -82,4 +82,5 @@ def write_results(runs, space, directory):
 def overlay(rows, directory):
     """The curves of these runs in one SVG, each named by its values."""
     summaries = [run.summary() for run in open_runs([directory / row["name"] for row in rows])]
-    return curves_svg([summary | {"name": f"{row['name']} {label(row['values'])}"[:44]} for row, summary in zip(rows, summaries)])
+    names = [f"{row['name']} {label(row['values'])}"[:44] for row in rows]
+    return curves_svg([summary | {"name": name} for name, summary in zip(names, summaries)])

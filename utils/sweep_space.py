@@ -54,7 +54,8 @@ def read_space(path):
         if type(value) is not type(KEYS[key]):
             raise ConfigError(f"{path}: {key} must be a {type(KEYS[key]).__name__}, got {value!r}")
         if key in CHOICES and value not in CHOICES[key]:
-            raise ConfigError(f"{path}: {key} must be one of {', '.join(CHOICES[key])}, got {value!r}{nearest(value, CHOICES[key])}")
+            raise ConfigError(f"{path}: {key} must be one of {', '.join(CHOICES[key])}, got {value!r}"
+                              + nearest(value, CHOICES[key]))
     found = KEYS | table
     if not found["values"]:
         raise ConfigError(f"{path}: [values] names no option; learning_rate = [1e-6, 1e-5] for instance")
@@ -105,7 +106,8 @@ def stepped(name, spec, path):
     count = math.floor((high - low) / step + 1e-9) + 1
     if count > MAX_RUNS:
         raise ConfigError(f"{path}: {name}: range {numbers} has {count} values, more than {MAX_RUNS}")
-    return [low + i * step if all(type(n) is int for n in numbers) else float(f"{low + i * step:.12g}") for i in range(count)]
+    whole = all(type(n) is int for n in numbers)
+    return [low + i * step if whole else float(f"{low + i * step:.12g}") for i in range(count)]
 
 
 def bounds(name, spec, path):
