@@ -17,13 +17,13 @@ def check_comparable(a, b):
     differing = [f"{name} is {a['settings'].get(name)!r} and {b['settings'].get(name)!r}"
                  for name in a["settings"] | b["settings"] if a["settings"].get(name) != b["settings"].get(name)]
     if differing:
-        raise UserError(f"{a['model']} and {b['model']} were evaluated differently: {'; '.join(differing)}; evaluate one of them "
-                        "again with the other's settings")
+        raise UserError(f"{a['model']} and {b['model']} were evaluated differently: {'; '.join(differing)}; evaluate one "
+                        "of them again with the other's settings")
     asked = [[json.dumps([row["prompt"], row["answer"]]) for row in result["problems"]] for result in (a, b)]
     if asked[0] != asked[1]:
         same = len(set(asked[0]) & set(asked[1]))
-        raise UserError(f"{a['model']} and {b['model']} were asked different problems ({len(asked[0])} and {len(asked[1])}, {same} "
-                        "of them the same" + (", in another order" if same == len(asked[0]) == len(asked[1]) else "")
+        raise UserError(f"{a['model']} and {b['model']} were asked different problems ({len(asked[0])} and {len(asked[1])}, "
+                        f"{same} of them the same" + (", in another order" if same == len(asked[0]) == len(asked[1]) else "")
                         + "); evaluate both on the same data, seed and max_prompt_length")
 
 
@@ -39,11 +39,12 @@ def compare(a, b):
     tables = [[problem_metrics(row, ks) for row in result["problems"]] for result in (a, b)]
     names = [name for name in tables[0][0] if not np.isnan([x[name] - y[name] for x, y in zip(*tables)]).all()]
     values = [np.array([[problem[name] for name in names] for problem in table]) for table in tables]
-    both = np.where(np.isnan(values[0] - values[1]), np.nan, 1.0)                     # problems that a metric applies to twice
+    both = np.where(np.isnan(values[0] - values[1]), np.nan, 1.0)             # problems that a metric applies to twice
     lows, highs = bootstrap_interval(values[1] - values[0], a["settings"]["seed"])
     mean = lambda x: np.nanmean(x * both, axis=0)
     columns = zip(names, mean(values[0]), mean(values[1]), mean(values[1] - values[0]), lows, highs)
-    differences = {name: dict(zip(("a", "b", "difference", "low", "high"), map(float, numbers))) for name, *numbers in columns}
+    keys = ("a", "b", "difference", "low", "high")
+    differences = {name: dict(zip(keys, map(float, numbers))) for name, *numbers in columns}
     gains = [int(bool(y["correct"])) - int(bool(x["correct"])) for x, y in rows]
     right = lambda row: sum(bool(s["correct"]) for s in row.get("samples", []))
     sample_gains = [right(y) - right(x) for x, y in rows]
@@ -84,7 +85,8 @@ def difference_table(result):
     lines = ["| metric | A | B | B - A | 95% interval | p |", "|---|---|---|---|---|---|"]
     for name, d in result["differences"].items():
         p = f"{d['p']:.2g}" if "p" in d else ""
-        lines.append(f"| {name} | {d['a']:.3f} | {d['b']:.3f} | {d['difference']:+.3f} | {d['low']:+.3f} to {d['high']:+.3f} | {p} |")
+        change = f"{d['difference']:+.3f} | {d['low']:+.3f} to {d['high']:+.3f}"
+        lines.append(f"| {name} | {d['a']:.3f} | {d['b']:.3f} | {change} | {p} |")
     if categories := result.get("categories"):
         names = [name for name in next(iter(categories.values())) if name != "problems"]
         lines += ["", "| category | problems | " + " | ".join(f"{name} A | {name} B" for name in names) + " |",
@@ -100,7 +102,8 @@ def verdict(result):
     won, lost, total = len(result["won"]), len(result["lost"]), len(result["a"]["problems"])
     if "exact_match" not in result["differences"]:
         d = result["differences"]["reward"]
-        return f"mean reward {d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f}) on {total} problems without gold answers"
+        return (f"mean reward {d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f}) on {total} problems without gold "
+                "answers")
     p = result["differences"]["exact_match"]["p"]
     return (f"greedy: B wins {won} and loses {lost} of {total} problems; McNemar's exact test p = {p:.2g}: "
             + ("no difference that could be told from chance" if p >= 0.05 else f"{'B' if won > lost else 'A'} is better"))
@@ -108,8 +111,8 @@ def verdict(result):
 
 def comparison_page(result):
     """The comparison as a Markdown page."""
-    lines = ["# Comparison", "", f"A: `{result['models'][0]}`  ", f"B: `{result['models'][1]}`", "", *difference_table(result), "",
-             verdict(result) + "."]
+    a, b = result["models"]
+    lines = ["# Comparison", "", f"A: `{a}`  ", f"B: `{b}`", "", *difference_table(result), "", verdict(result) + "."]
     for name, title in (("won", "Won by B"), ("lost", "Lost by B")):
         places = result[name]
         more = f", the first {SHOWN}" if len(places) > SHOWN else ""
@@ -118,7 +121,8 @@ def comparison_page(result):
             lines += ["| problem | gold | A | B |", "|---|---|---|---|"]
         for i in places[:SHOWN]:
             a, b = result["a"]["problems"][i], result["b"]["problems"][i]
-            cells = [one_line(a["prompt"], 160), a["answer"], *(one_line(row["completion"], 120, tail=True) for row in (a, b))]
+            texts = [one_line(row["completion"], 120, tail=True) for row in (a, b)]
+            cells = [one_line(a["prompt"], 160), a["answer"], *texts]
             lines.append("| " + " | ".join(cell(text) for text in cells) + " |")
     return "\n".join(lines)
 

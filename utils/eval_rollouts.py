@@ -12,9 +12,10 @@ def eval_rollouts(model, tokenizer, problems, config, sampling=None, *, num_gene
     """A Rollout for each problem, from the training prompt; greedy (or at eval_temperature) unless `sampling` says
     otherwise. Random numbers are apart from training's and keyed by a problem's place, first_prompt + i: two models that
     are asked the same problems draw the same ones."""
-    sampling = sampling or Sampling(config.eval_temperature, stop=tuple(config.stop), max_new_tokens=config.eval_max_new_tokens)
-    return sample_completions(model, tokenizer, problems, config, sampling, num_generations=num_generations, step=0, stream=EVAL,
-                              first_prompt=first_prompt)
+    sampling = sampling or Sampling(config.eval_temperature, stop=tuple(config.stop),
+                                    max_new_tokens=config.eval_max_new_tokens)
+    return sample_completions(model, tokenizer, problems, config, sampling, num_generations=num_generations, step=0,
+                              stream=EVAL, first_prompt=first_prompt)
 
 
 def right_answers(rollout):

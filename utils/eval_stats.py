@@ -59,7 +59,7 @@ def bootstrap_interval(values, seed):
     values = np.asarray(values, dtype=np.float64)
     known, rng, means = ~np.isnan(values), np.random.default_rng(seed), []
     for _ in range(10):
-        drawn = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLES // 10).astype(float)     # (R, P)
+        drawn = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLES // 10).astype(float)    # R, P
         count = drawn @ known.astype(float)
         means.append(drawn @ np.where(known, values, 0) / np.where(count, count, np.nan))
     means, tail = np.concatenate(means), (1 - LEVEL) / 2

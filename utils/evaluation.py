@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_grpo import (
-    Scorer, UserError, add_config_arguments, as_number, cast_floats, compute_dtype, eval_rollouts, extract_answer, find_rewards,
-    fitting_problems, load_config, load_model, load_problems, nearest, resolve_model, right_answers, train_sampling, versions,
-    weighted_rewards)
+    Scorer, UserError, add_config_arguments, as_number, cast_floats, compute_dtype, eval_rollouts, extract_answer,
+    find_rewards, fitting_problems, load_config, load_model, load_problems, nearest, resolve_model, right_answers,
+    train_sampling, versions, weighted_rewards)
 from mlx_grpo.eval_compare import check_comparable, compare, comparison_lines, comparison_page
 from mlx_grpo.eval_stats import bootstrap_interval, majority_at_k, pass_at_k
 
@@ -27,11 +27,13 @@ def add_arguments(parser):
     parser.add_argument("--samples", metavar="N", type=int, default=0,
                         help="sample N completions for each problem, beside the greedy one: avg@N, pass@k, maj@k")
     parser.add_argument("--k", metavar="1,4,8", help="the k of pass@k and maj@k (default: 2, 4, 8, ... and N)")
-    parser.add_argument("--temperature", metavar="T", type=float, help="of the N completions (default: the option temperature)")
+    parser.add_argument("--temperature", metavar="T", type=float,
+                        help="of the N completions (default: the option temperature)")
     parser.add_argument("--category", metavar="COLUMN", help="a breakdown by this column of the data")
     parser.add_argument("--correct", metavar="REWARD:LEAST",
                         help="right is where this reward function gives at least LEAST (default: equal to the gold answer)")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models, or results written with --output: is B better?")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
+                        help="two models, or results written with --output: is B better?")
     parser.add_argument("--output", metavar="FILE", action="append", default=[],
                         help="write the result to a .json file (with every completion) or a .md file; may be repeated")
 
@@ -75,8 +77,8 @@ def settings_of(config, args):
         raise UserError(f"--limit {args.limit}: must be at least 1")
     name, _, least = (args.correct or "").partition(":")
     if args.correct and (name not in rewards or not is_number(least)):
-        raise UserError(f"--correct {args.correct}: expected REWARD:LEAST, with one of {', '.join(rewards)}{nearest(name, rewards)} "
-                        "and a number")
+        raise UserError(f"--correct {args.correct}: expected REWARD:LEAST, with a number and one of {', '.join(rewards)}"
+                        + nearest(name, rewards))
     sampling = train_sampling(replace(config, temperature=args.temperature or config.temperature))
     shared = {"seed": config.seed, "rewards": list(rewards), "reward_weights": config.reward_weights,
               "reward_options": config.reward_options, "correct": args.correct,
@@ -135,8 +137,8 @@ def chosen_problems(config, args):
     else:
         problems = load_problems(config)[args.split == "eval"]
     if not problems:
-        raise UserError(f"dataset {config.dataset!r} gives no held-out problems; set eval_split or eval_fraction, eval_samples, "
-                        "or say --split all")
+        raise UserError(f"dataset {config.dataset!r} gives no held-out problems; set eval_split or eval_fraction, "
+                        "eval_samples, or say --split all")
     problems = problems[:args.limit or None]
     columns = {column for p in problems for column in p.columns}
     if args.category and args.category not in columns:
@@ -156,8 +158,8 @@ def evaluate_model(config, args, settings):
     sampling = replace(train_sampling(config), temperature=args.temperature or config.temperature,
                        max_new_tokens=config.eval_max_new_tokens)
     sampled = in_pieces(model, tokenizer, problems, config, sampling, args.samples) if args.samples else []
-    rows = [{"prompt": p.prompt, "answer": p.answer} | ({"category": str(p.columns.get(args.category))} if args.category else {})
-            for p in problems]
+    category = lambda p: {"category": str(p.columns.get(args.category))} if args.category else {}
+    rows = [{"prompt": p.prompt, "answer": p.answer} | category(p) for p in problems]
     for row, (completion,) in zip(rows, judged(greedy, config, args.correct)):
         row |= completion
     for row, completions in zip(rows, judged(sampled, config, args.correct)):
@@ -165,7 +167,8 @@ def evaluate_model(config, args, settings):
     result = {"model": config.model_name, "dataset": config.dataset, "split": args.split, "settings": settings, "k": ks,
               "versions": versions(), "device": str(mx.default_device()), "metrics": summary(rows, ks, config.seed)}
     if args.category:
-        groups = {name: [row for row in rows if row["category"] == name] for name in sorted({row["category"] for row in rows})}
+        names = sorted({row["category"] for row in rows})
+        groups = {name: [row for row in rows if row["category"] == name] for name in names}
         result["categories"] = {name: {"problems": len(group), "metrics": summary(group, ks, config.seed)}
                                 for name, group in groups.items()}
     return result | {"problems": rows}
@@ -179,7 +182,8 @@ def in_pieces(model, tokenizer, problems, config, sampling, num_generations):
                                   num_generations=num_generations, first_prompt=start)
         if sys.stderr.isatty():
             end = "\n" if len(rollouts) == len(problems) else ""
-            print(f"\r{config.model_name}: {len(rollouts)}/{len(problems)} problems x {num_generations}", end=end, file=sys.stderr)
+            print(f"\r{config.model_name}: {len(rollouts)}/{len(problems)} problems x {num_generations}", end=end,
+                  file=sys.stderr)
     return rollouts
 
 
@@ -202,8 +206,8 @@ def judged(rollouts, config, correct):
                 right = rewards[name] is not None and rewards[name] >= float(least)
             else:
                 right = None if r.problem.answer is None else exact[i]
-            records.append({"completion": text, "extracted": extract_answer(text), "correct": right, "length": len(r.completion_ids[i]),
-                            "ended": r.ended[i], "rewards": rewards, "reward": number(totals[row])})
+            records.append({"completion": text, "extracted": extract_answer(text), "correct": right,
+                            "length": len(r.completion_ids[i]), "ended": r.ended[i], "rewards": rewards, "reward": number(totals[row])})
             row += 1
         found.append(records)
     return found
@@ -212,7 +216,11 @@ def judged(rollouts, config, correct):
 def problem_metrics(row, ks):
     """{metric: value} of one problem, NaN where it does not apply."""
     number = lambda x: np.nan if x is None else float(x)
-    means = lambda rows, get: float(np.nanmean(values)) if not np.isnan(values := [number(get(r)) for r in rows]).all() else np.nan
+
+    def means(rows, get):
+        values = [number(get(row)) for row in rows]
+        return np.nan if np.isnan(values).all() else float(np.nanmean(values))
+
     found, samples, n = {"exact_match": number(row["correct"])}, row.get("samples", []), len(row.get("samples", []))
     if samples:
         known = samples[0]["correct"] is not None
@@ -223,7 +231,8 @@ def problem_metrics(row, ks):
     for rows, mark in (([row], ""), (samples, f"@{n}")):
         if rows:
             found |= {f"rewards/{name}{mark}": means(rows, lambda r: r["rewards"][name]) for name in row["rewards"]}
-            found |= {f"reward{mark}": means(rows, lambda r: r["reward"]), f"mean_length{mark}": means(rows, lambda r: r["length"]),
+            found |= {f"reward{mark}": means(rows, lambda r: r["reward"]),
+                      f"mean_length{mark}": means(rows, lambda r: r["length"]),
                       f"clipped_ratio{mark}": means(rows, lambda r: not r["ended"])}
     return found
 
@@ -274,7 +283,8 @@ def metric_table(result):
 
 def result_page(result):
     """The result as a Markdown page."""
-    settings = ", ".join(f"`{name} = {value!r}`" for name, value in result["settings"].items() if value not in (None, "", []))
+    given = {name: value for name, value in result["settings"].items() if value not in (None, "", [], {})}
+    settings = ", ".join(f"`{name} = {value!r}`" for name, value in given.items())
     head, _, *table = result_lines(result)
-    return "\n".join([f"# Evaluation of {result['model']}", "", head + ".", "", *table, "", f"Data: `{result['dataset']}`, {settings}.",
-                      "Intervals: percentile bootstrap over problems."])
+    return "\n".join([f"# Evaluation of {result['model']}", "", head + ".", "", *table, "",
+                      f"Data: `{result['dataset']}`, {settings}.", "Intervals: percentile bootstrap over problems."])

@@ -37,8 +37,9 @@ class WatchedRows:
             raise UserError(f"watch: there is no directory {self.path.parent}; create it, or check the name")
         self.hash.update(self.content(0, self.bytes))
         if self.hash.hexdigest() != mark["sha256"]:
-            raise UserError(f"{self.path} is not the file that this run was trained on: its first {self.bytes} bytes have changed; "
-                            "rows may only be appended. Put it back, or start a new run from the checkpoint with --set model_name")
+            raise UserError(f"{self.path} is not the file that this run was trained on: its first {self.bytes} bytes have "
+                            "changed; rows may only be appended. Put it back, or start a new run from the checkpoint with "
+                            "--set model_name=CHECKPOINT")
 
     @property
     def count(self):
@@ -57,8 +58,8 @@ class WatchedRows:
         try:
             with open(self.path, "rb") as file:
                 if os.fstat(file.fileno()).st_size < start:
-                    raise UserError(f"{self.path} has become shorter than the {start} bytes that were read; rows may only be "
-                                    "appended: put it back and go on with --resume")
+                    raise UserError(f"{self.path} has become shorter than the {start} bytes that were read; rows may only "
+                                    "be appended: put it back and go on with --resume")
                 file.seek(start)
                 return file.read(size)
         except FileNotFoundError as error:
@@ -108,8 +109,8 @@ class WatchTrainer(MLXGRPOTrainer):
         args = replace(args, save_best=args.save_best or "eval/exact_match")
         super().__init__(model, tokenizer, reward_funcs, args, train_dataset, eval_dataset, **options)
         if args.save_best.startswith("eval/") and not (self.eval_dataset and args.eval_steps):
-            raise ConfigError(f"watch promotes by {args.save_best}, and there is no evaluation: set eval_steps, and eval_samples with "
-                              "a data set that has held-out problems")
+            raise ConfigError(f"watch promotes by {args.save_best}, and there is no evaluation: set eval_steps, and eval_samples "
+                              "with a data set that has held-out problems")
         self.total_steps = args.max_steps or ENDLESS
         self.asked = {json.dumps(p.prompt) for p in self.eval_dataset}
         self.rows = WatchedRows(args.watch, self.accept)
@@ -125,7 +126,8 @@ class WatchTrainer(MLXGRPOTrainer):
         except TemplateError as error:
             raise UserError(f"{where}: the chat template refuses the messages: {error}") from error
         if length > self.args.max_prompt_length:
-            raise UserError(f"{where}: the prompt has {length} tokens, more than max_prompt_length = {self.args.max_prompt_length}")
+            raise UserError(f"{where}: the prompt has {length} tokens, more than max_prompt_length = "
+                            f"{self.args.max_prompt_length}")
         if json.dumps(problem.prompt) in self.asked:
             raise UserError(f"{where}: a held-out problem asks the same, so the gate would measure memory")
         return problem
@@ -145,11 +147,13 @@ class WatchTrainer(MLXGRPOTrainer):
         self.rows.read()
         since, told = time.monotonic(), False
         while self.rows.count < rows:
-            here = f"{self.rows.count - self.prompts_drawn} of {rows - self.prompts_drawn} rows for step {self.step_count + 1}"
+            drawn = self.prompts_drawn
+            here = f"{self.rows.count - drawn} of {rows - drawn} rows for step {self.step_count + 1}"
             if self.interrupted:
                 raise NoMoreRows(f"stopped while waiting: {here}")
             if self.args.watch_idle and time.monotonic() - since >= self.args.watch_idle:
-                raise NoMoreRows(f"no new row in {self.rows.path} for {self.args.watch_idle:g} s: {here}, which stay for --resume")
+                raise NoMoreRows(f"no new row in {self.rows.path} for {self.args.watch_idle:g} s: {here}, which stay for "
+                                 "--resume")
             if not told:
                 print(f"waiting for {self.rows.path}: {here}", flush=True)
                 self.phase("wait")
@@ -175,7 +179,8 @@ class WatchTrainer(MLXGRPOTrainer):
             return super().train()
         except NoMoreRows as end:
             if not self.step_count and not self.interrupted:
-                raise UserError(f"{end}; not one step was made (a step takes batch_size * gradient_accumulation_steps rows)") from end
+                raise UserError(f"{end}; not one step was made (a step takes batch_size * gradient_accumulation_steps "
+                                "rows)") from end
             if self.step_count and not (self.run_dir / f"checkpoint-{self.step_count}").exists():
                 self.save_run()
             self.log.close()
@@ -192,7 +197,7 @@ class WatchTrainer(MLXGRPOTrainer):
         return found
 
     def is_best(self, metrics):
-        """Whether this step's model is promoted: it was evaluated, reaches watch_target and is better than the best so far."""
+        """Whether this step's model is promoted: evaluated, at watch_target or above, and better than the best so far."""
         value, target, before = metrics.get(self.args.save_best), self.args.watch_target, self.best
         if value is None:
             return False
@@ -200,8 +205,8 @@ class WatchTrainer(MLXGRPOTrainer):
         if promoted:
             self.promoted = self.step_count
         bar = ("" if before is None else f", best so far {before:.4g}") + (f", target {target:g}" if target else "")
-        print(f"gate: {self.args.save_best} {value:.4g}{bar}: " + (f"checkpoint-best is now step {self.step_count}" if promoted
-                                                                    else "not promoted"), flush=True)
+        decision = f"checkpoint-best is now step {self.step_count}" if promoted else "not promoted"
+        print(f"gate: {self.args.save_best} {value:.4g}{bar}: {decision}", flush=True)
         return promoted
 
     # -- checkpoints
