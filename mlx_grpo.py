@@ -256,6 +256,8 @@ class MLXGRPOConfig:
     save_best: str = opt("", 'metric whose best value so far saves a checkpoint, "eval/exact_match" for instance; empty = none')
     max_bad_steps: int = opt(0, "batches that are not finite at full precision and are left out, before the run stops", low=0)
     save_steps: int = opt(100, "steps between checkpoints; the last step always saves one", low=0)
+    save_in_background: bool = opt(False, "write checkpoints in a thread while training goes on; their arrays stay in memory "
+                                   "until then")
     eval_steps: int = opt(50, "steps between evaluations on held-out problems (and at step 0 and the end)", low=0)
     eval_samples: int = opt(200, "held-out problems in an evaluation; 0 = no evaluation", low=0)
     eval_every_updates: int = opt(25, "steps between evaluations on a fixed subset of the training problems", low=0)
@@ -1765,6 +1767,7 @@ class MLXGRPOTrainer:
         self.interrupted, self.save_s, self.best, self.bad_steps = None, 0.0, None, 0
         self.samples = {}       # step -> (prompt, completion) of the first held-out problem
         self.log, self.phase = RunLog(self.run_dir if args.log_jsonl else None), RunState()
+        self.writer = Writer(args.save_in_background)
         self.sync_old()
 
     # -- one step, as the table in the module docstring
@@ -1779,13 +1782,13 @@ class MLXGRPOTrainer:
             try:
                 pending = self.fill_window(problems) if fresh else None                        # 1-3. sample, score, advantages
                 rate = learning_rate_at(self.step_count + 1, self.total_steps, self.args)
-                self.phase("update", **training_shape(self.args, *max((len(b.mask), b.prompts.shape[1] + b.mask.shape[1]) for b in self.window[0])))
+                self.phase("update", **batches_shape(self.args, self.window[0]))
                 update = self.update_policy(self.window[0], rate)                              # 4. loss, gradient, update
                 break
             except NotFinite as error:
-                after, self.window = self.prompts_drawn, []
+                after, failed, self.window = self.prompts_drawn, self.window[0] if self.window else [], []
                 self.prompts_drawn = drawn if fresh else after       # the same prompts again, unless they are left out
-                if self.heal(error):
+                if self.heal(error, failed):
                     self.prompts_drawn = after
         self.phase("sync")
         self.window.pop(0)
@@ -2068,11 +2071,11 @@ class MLXGRPOTrainer:
             self.heal(NotFinite(f"the copy for rollouts ({self.ladder[self.rung] or 'full precision'} bits) gives logits that "
                                 "are not finite on a probe"), resync=False)
 
-    def heal(self, error, resync=True):
+    def heal(self, error, batches=(), resync=True):
         """Climb one rung of the ladder after a failed batch; where there is none left, say true if the batch is to be left
-        out (max_bad_steps), else raise the error."""
+        out (max_bad_steps), else raise the error. batches: those that failed, kept for a post-mortem."""
         if not self.args.self_healing or self.rung + 1 == len(self.ladder):
-            self.save_failure(error)
+            self.save_failure(error, batches)
             self.bad_steps += 1
             if resync and self.bad_steps <= self.args.max_bad_steps:
                 print(f"step {self.step_count + 1}: {error}; the batch is left out ({self.bad_steps} of max_bad_steps)", file=sys.stderr)
@@ -2085,14 +2088,11 @@ class MLXGRPOTrainer:
             self.sync_old()
         return False
 
-    def save_failure(self, error):
+    def save_failure(self, error, batches=()):
         """What failed, beside the last good state, which is the model as it is: a failed update is never applied."""
         if not self.log.run_dir:
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        record = {"step": self.step_count + 1, "reason": str(error), "config": asdict(self.args),
-                  "problems": [p.prompt for p in self.last_problems()]}
-        (self.run_dir / "failure.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_post_mortem(self, error, batches, self.last_problems())
         if self.step_count and self.bad_steps >= self.args.max_bad_steps and all(mx.isfinite(a).all().item() for _, a in tree_flatten(self.learner.master)):
             self.save_checkpoint(self.run_dir / f"checkpoint-{self.step_count}")
 
@@ -2122,8 +2122,9 @@ class MLXGRPOTrainer:
         stop = False
         while self.step_count < self.total_steps and not stop and not self.interrupted:
             metrics = self.step()
+            self.writer.check()
             last = self.step_count == self.total_steps
-            metrics |= {"save_s": self.save_s} | self.evaluate(last)
+            metrics |= {"save_s": self.save_s, **self.writer.times()} | self.evaluate(last)
             self.save_s = 0.0
             self.phase("log")
             stop = self.notify("on_step_end", metrics)
@@ -2134,6 +2135,7 @@ class MLXGRPOTrainer:
             if last or stop or best or self.interrupted or (args.save_steps and self.step_count % args.save_steps == 0):
                 self.save_run(best)
         self.log.close()
+        self.writer.wait()
         self.notify("on_train_end")
         return metrics
 
@@ -2148,14 +2150,19 @@ class MLXGRPOTrainer:
     def save_run(self, best=False):
         """checkpoint-N of the run, the links that lead to it, and older ones removed beyond save_total_limit."""
         started, path = time.perf_counter(), self.run_dir / f"checkpoint-{self.step_count}"
-        self.phase("save")
-        self.save_checkpoint(path)
-        self.phase("links")
-        point_to(self.run_dir, "checkpoint-last", path)
-        if best:
-            point_to(self.run_dir, "checkpoint-best", path)
-        if self.args.save_total_limit:
-            prune(self.run_dir, self.args.save_total_limit)
+        write = self.checkpoint_writer(path)
+
+        def save():
+            self.phase("save")
+            write()
+            self.phase("links")
+            point_to(self.run_dir, "checkpoint-last", path)
+            if best:
+                point_to(self.run_dir, "checkpoint-best", path)
+            if self.args.save_total_limit:
+                prune(self.run_dir, self.args.save_total_limit)
+
+        self.writer.start(save, done=lambda: self.notify("on_save", path))
         self.save_s = time.perf_counter() - started
 
     def evaluate(self, at_end=False, at_start=False):
@@ -2190,6 +2197,12 @@ class MLXGRPOTrainer:
     def save_checkpoint(self, path):
         """A directory that mlx_lm and transformers open, with the optimizer and all of the trainer's state beside it, what
         is left of a rollout batch among it; written under a temporary name and renamed. Raises UserError."""
+        self.writer.wait()
+        self.checkpoint_writer(path)()
+        self.notify("on_save", path)
+
+    def checkpoint_writer(self, path):
+        """A function that saves a checkpoint of the run as it is now, whenever it is called: MLX arrays don't change."""
         state = {name: vars(self)[name] for name in self.STATE}
         state |= {"step": self.step_count, "total_steps": self.total_steps, "reward_errors": self.scorer.errors,
                   "config": asdict(self.args), "callbacks": states(self.callbacks)}
@@ -2199,11 +2212,10 @@ class MLXGRPOTrainer:
             arrays |= {f"{order.index(id(batch))}.{name}": a for name, a in vars(batch).items() if a.size}
         state["window"] = [[order.index(i) for i in ids] for ids in steps]
         stale = self.model_old is not self.model and (self.step_count % self.update_every != 0 or self.rung)
-        extra = {OLD_POLICY: dict(tree_flatten(self.model_old.parameters()))} if stale else {}
-        extra |= {WINDOW: arrays} if arrays else {}
-        extra |= {REFERENCE: dict(tree_flatten(self.ref_model.parameters()))} if self.args.ref_sync_steps else {}
-        save_checkpoint(path, self.learner, self.tokenizer, state, extra, self.phase)
-        self.notify("on_save", path)
+        files = arrays_of(self.learner) | ({WINDOW: arrays} if arrays else {})
+        files |= {OLD_POLICY: dict(tree_flatten(self.model_old.parameters()))} if stale else {}
+        files |= {REFERENCE: dict(tree_flatten(self.ref_model.parameters()))} if self.args.ref_sync_steps else {}
+        return partial(save_checkpoint, path, self.learner, self.tokenizer, json.dumps(state), files, self.phase)
 
     def load_checkpoint(self, path):
         """Continue from a checkpoint of this run: weights, moments, model_old, step, what is left of the rollout batch."""
@@ -2388,13 +2400,15 @@ class SFTTrainer(MLXGRPOTrainer):
 # ---- evaluation, checkpoints, run log --------------------------------------------------------------------------------
 
 from mlx_grpo.eval_rollouts import eval_rollouts, evaluate, right_answers  # noqa: E402
+from mlx_grpo.background_save import Writer  # noqa: E402
 from mlx_grpo.manifest import check_manifest  # noqa: E402
 from mlx_grpo.run_files import (  # noqa: E402
-    OLD_POLICY, REFERENCE, WINDOW, RunLog, load_checkpoint, read_metrics, save_arrays, save_checkpoint, save_tokenizer,
+    OLD_POLICY, REFERENCE, WINDOW, RunLog, arrays_of, load_checkpoint, read_metrics, save_arrays, save_checkpoint, save_tokenizer,
     save_weights, step_of, versions)
-from mlx_grpo.out_of_memory import after_death, rollout_shape, training_shape  # noqa: E402
+from mlx_grpo.out_of_memory import after_death, batches_shape, rollout_shape, training_shape  # noqa: E402
+from mlx_grpo.post_mortem import save_post_mortem  # noqa: E402
 from mlx_grpo.run_guard import (  # noqa: E402
-    check_same_run, checkpoints_of, newest_valid, point_to, prune, run_lock, stop_on_signals)
+    check_same_run, checkpoints_of, newest_valid, point_to, prune, run_lock, stop_on_signals, tidy)
 from mlx_grpo.run_dir import find_run_dir, write_run_config  # noqa: E402
 from mlx_grpo.run_state import RunState  # noqa: E402
 
@@ -2405,6 +2419,10 @@ def train_command(args):
     from mlx_grpo.files import check_free_space
 
     config, sources = load_config(args.config, args.set)
+    if args.supervise:
+        from mlx_grpo.supervise import supervise
+
+        return supervise(args, config)
     rewards = find_rewards(config.rewards, config.reward_options)    # a typo is told before the model is loaded
     callbacks = find_callbacks(config.callbacks)
     if config.watch and args.command == "sft":
@@ -2422,11 +2440,12 @@ def train_command(args):
         trainer = WatchTrainer(model, tokenizer, rewards, config, train, held_out, **options)
     else:
         trainer = MLXGRPOTrainer(model, tokenizer, rewards, config, train, held_out, **options)
-    with run_lock(run_dir), trainer.phase.kept_in(run_dir, memory):
+    with run_lock(run_dir), trainer.phase.kept_in(run_dir, memory), trainer.writer:
         if checkpoint:
             trainer.load_checkpoint(checkpoint)
         else:
             trainer.log.cut_after(-1)                  # what a run left that ended before its first checkpoint
+        tidy(run_dir)
         check_free_space(run_dir, trainer.learner.checkpoint_bytes(), "a checkpoint")
         write_run_config(run_dir, config, sources, args.command)
         announce(trainer, config, sources, args.command)
@@ -2498,6 +2517,7 @@ def add_train_arguments(parser):
                         help="train on the rows of a JSONL file as they are appended (docs/incremental.md)")
     parser.add_argument("--watch-idle", dest="set", action="append", type="watch_idle={}".format, metavar="SECONDS",
                         help="with --watch: end after so long without a new row")
+    parser.add_argument("--supervise", action="store_true", help="start again with --resume after a death (out of memory, a crash)")
 
 
 COMMANDS = {   # name: (module with add_arguments(parser) and run_command's function, or None for train_command; help)

@@ -317,6 +317,7 @@ TABLE = {
     "health": (logged("health/truncated"), {"truncated": False}, {"max_new_tokens": 1}),
     "save_steps": (of_run(lambda run: run.files), 1, {"max_steps": 2}),
     "save_total_limit": (of_run(lambda run: run.files), 1, {"max_steps": 4, "save_steps": 1}),
+    "save_in_background": (of_run(lambda run: ["save_background_s" in m for m in run.metrics]), True, {"max_steps": 2, "save_steps": 1}),
     "save_best": (of_run(lambda run: run.files), "reward", {"max_steps": 2}),
     "eval_steps": (of_run(lambda run: [m["step"] for m in run.metrics if "eval/exact_match" in m]), 2,
                    EVAL | {"max_steps": 3}),

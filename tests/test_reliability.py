@@ -3,16 +3,20 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
+import mlx.core as mx
+import mlx_grpo
 import numpy as np
 import pytest
 from conftest import ROOT
-from mlx_grpo import ConfigError, TrainerCallback, UserError, newest_valid, read_metrics
+from mlx_grpo import ConfigError, TrainerCallback, UserError, newest_valid, read_metrics, tidy
+from mlx_grpo.run_state import read_state
 from test_trainer import CONFIG, largest_difference, make_trainer, numbers, steps, weights
 
 RUN = replace(CONFIG, log_jsonl=True, max_steps=4, save_steps=1, learning_rate=1e-3)
@@ -171,3 +175,137 @@ def test_a_read_only_directory_is_one_line(tmp_path):
         place.mkdir(mode=0o500)
     done = run(place)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "can't write" in done.stderr
+
+
+class Poison(TrainerCallback):
+    """Gradients that are not finite from step 2 on."""
+
+    def on_gradients(self, trainer, gradients):
+        from mlx.utils import tree_map
+        return tree_map(lambda g: g * float("nan" if trainer.step_count else 1), gradients)
+
+
+def test_a_batch_that_is_not_finite_is_kept_with_its_texts(tmp_path):
+    config = replace(CONFIG, log_jsonl=True, minibatches=2)
+    trainer = make_trainer(tmp_path, config, callbacks=[Poison()])
+    trainer.step()
+    batches = trainer.window[0]
+    with pytest.raises(UserError, match="failure.json"):
+        trainer.step()
+    record, arrays = json.loads((tmp_path / "failure.json").read_text()), mx.load(str(tmp_path / "failure.safetensors"))
+    assert record["step"] == 2 and len(record["rows"]) == sum(len(b.mask) for b in batches) == 16
+    for i, batch in enumerate(batches):
+        assert {name for name in vars(batch) if f"{i}.{name}" in arrays} >= {"completion_ids", "mask", "advantages", "old_logprobs"}
+        assert all(mx.array_equal(arrays[f"{i}.{name}"], a).item() for name, a in vars(batch).items() if a.size)
+    logged = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()][16:]
+    assert [re.sub(r"<\|.*?\|>", "", row["completion"]) for row in record["rows"]] == [row["completion"] for row in logged]
+    assert len(record["problems"]) == 4 and all(row["prompt"] in record["problems"] for row in record["rows"])
+
+
+def test_a_damaged_checkpoint_is_kept_under_another_name_when_its_step_is_saved_again(tmp_path, capsys):
+    make_trainer(tmp_path, RUN).train()
+    damaged = (tmp_path / "checkpoint-4/config.json")
+    damaged.write_text("{}")
+    trainer = make_trainer(tmp_path, RUN)
+    trainer.load_checkpoint(newest_valid(tmp_path)[0])
+    trainer.train()
+    assert newest_valid(tmp_path)[0].name == "checkpoint-4" and "kept as checkpoint-4.damaged-1" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint-4.damaged-1/config.json").read_text() == "{}"
+
+
+def test_what_a_kill_left_while_saving_is_removed_and_a_checkpoint_that_lost_its_name_gets_it_back(tmp_path):
+    (tmp_path / ".checkpoint-3.0a1b2c3d.tmp/x").mkdir(parents=True)
+    (tmp_path / ".checkpoint-2.0a1b2c3d.old").mkdir()
+    (tmp_path / ".checkpoint-1.0a1b2c3d.old").mkdir()
+    (tmp_path / ".checkpoint-1.removed").mkdir()
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / ".checkpoint-last.tmp").symlink_to("nowhere")
+    tidy(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_background_save_changes_nothing_and_has_one_write_in_flight(tmp_path, monkeypatch):
+    """Writes last longer than steps here; the arrays saved must be those of the step, and the run waits for them."""
+    results, flying, most = [], [], []
+    write_checkpoint = mlx_grpo.run_files.write_checkpoint
+
+    def slow(*args):
+        flying.append(1)
+        most.append(len(flying))
+        time.sleep(0.3)
+        write_checkpoint(*args)
+        flying.pop()
+
+    monkeypatch.setattr(mlx_grpo.run_files, "write_checkpoint", slow)
+    for name, background in (("a", False), ("b", True)):
+        make_trainer(tmp_path / name, replace(RUN, save_in_background=background, update_every=3, num_iterations=2)).train()
+        results.append([{file.name: file.read_bytes() for file in sorted((tmp_path / name / f"checkpoint-{n}").glob("*.safetensors"))}
+                        for n in range(1, 5)])
+        state = json.loads((tmp_path / name / "checkpoint-3/trainer_state.json").read_text())
+        results[-1].append({k: numbers(v) if isinstance(v, dict) else v for k, v in state.items() if k != "config"})
+    assert results[0] == results[1] and max(most) == 1 and len(results[0][0]) >= 2
+    assert (tmp_path / "b/checkpoint-last").resolve().name == "checkpoint-4" and newest_valid(tmp_path / "b")[1] == []
+    logged = read_metrics(tmp_path / "b")
+    assert logged[3]["save_background_s"] > 0.2 and "save_background_s" not in read_metrics(tmp_path / "a")[3]
+
+
+def test_a_background_save_that_fails_is_told_at_the_next_step(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mlx_grpo.run_files, "write_checkpoint", full)
+    trainer = make_trainer(tmp_path, replace(RUN, save_in_background=True))
+    with pytest.raises(UserError, match="can't save .*checkpoint-[12]: No space left on device"):
+        trainer.train()
+    assert trainer.step_count <= 2 and not list(tmp_path.glob("*checkpoint-*"))
+
+
+KILLER = """
+import os, signal
+from pathlib import Path
+def dies_once(completions, **_):
+    mark = Path({mark!r})
+    with mark.open("a") as file:
+        file.write("x")
+    if len(mark.read_text()) in {calls}:
+        os.kill(os.getpid(), signal.{signal})
+    return [float(len(c) % 5) for c in completions]
+"""
+
+
+def supervised(tmp_path, name, calls, **changes):
+    script = tmp_path / "killer.py"
+    script.write_text(KILLER.format(mark=str(tmp_path / "calls"), calls=calls, signal=name))
+    return [*COMMAND, *options(tmp_path, rewards=f'["{script}:dies_once"]', eval_samples=0, **changes), "--supervise"]
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGABRT"])
+def test_a_supervised_run_is_started_again_after_a_death(tmp_path, name):
+    done = subprocess.run(supervised(tmp_path, name, (1, 4), max_steps=4, run_name='"s-{n}"'), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"the run died ({name})") == 2 and "again from the beginning" in done.stderr and "from checkpoint-2" in done.stderr
+    assert [m["step"] for m in read_metrics(tmp_path / "s-1")] == [1, 2, 3, 4]
+    assert not (tmp_path / "s-2").exists()
+
+
+def test_a_supervised_run_that_never_gets_further_is_given_up(tmp_path):
+    done = subprocess.run(supervised(tmp_path, "SIGKILL", range(2, 99), max_steps=4), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 137 and "5 times in a row without a new checkpoint: giving up" in done.stderr
+    assert len((tmp_path / "calls").read_text()) == 6 and newest_valid(tmp_path / "r")[0].name == "checkpoint-1"
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_supervisor_passes_signals_on_and_stops_with_its_run(tmp_path, number, code):
+    process = subprocess.Popen(supervised(tmp_path, "SIGKILL", (), max_steps=500), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and errors.count("finishing the step, then saving") == 1 and "--resume" in errors
+    assert "again" not in errors and read_state(tmp_path / "r")["ended"] == "done"
+
+
+def test_an_error_of_the_users_ends_a_supervised_run_at_once(tmp_path):
+    done = subprocess.run([*COMMAND, *options(tmp_path, rewards='["nowhere.py:f"]'), "--supervise"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -40,7 +40,7 @@ def largest_difference(a, b):
 
 def numbers(metrics):
     """A step's metrics without times and memory."""
-    machine = ("rollout_s", "step_time", "peak_gb", "save_s", "watch/waiting")
+    machine = ("rollout_s", "step_time", "peak_gb", "save_s", "save_background_s", "watch/waiting")
     return {k: v for k, v in metrics.items() if k not in machine and not k.startswith(("machine/", "health/machine/"))}
 
 

@@ -46,7 +46,7 @@ def evidence(record, crash, now, deaths):
     return f"it died there {deaths} times in a row" if deaths >= SAME_PLACE else None
 
 
-def after_death(run_dir, config):
+def after_death(run_dir, config, say=True):
     """(the configuration that the next process of a run should use, what it passes on to RunState.kept_in). Says what
     the last process died of and what is lowered for it; limits stay lowered until run_state.json is removed."""
     record = None if in_use(run_dir) else read_state(run_dir)
@@ -59,10 +59,10 @@ def after_death(run_dir, config):
         deaths = place | {"count": 1 + (before["count"] if place.items() <= before.items() else 0)}
         cause = evidence(record, read_crash(run_dir), machine(), deaths["count"])
         lowered = halved(record) if cause else {}
-        print(f"the last process died in phase {place['phase']!r} of step {place['step']}: {told(cause, lowered, record)}",
+        say and print(f"the last process died in phase {place['phase']!r} of step {place['step']}: {told(cause, lowered, record)}",
               file=sys.stderr)
         limits, deaths = limits | lowered, {} if lowered else deaths
-    used = {name: value for name, value in limits.items() if name in vars(config) and not 0 < vars(config)[name] <= value}
+    used = {name: value for name, value in limits.items() if not 0 < vars(config)[name] <= value}
     return replace(config, **used), {"limits": limits, "deaths": deaths}
 
 
@@ -93,7 +93,12 @@ def rollout_shape(config, problems, num_generations):
     return {"rows": rows, "group": num_generations, "new_tokens": config.max_new_tokens}
 
 
+def batches_shape(config, batches):
+    """training_shape of the Batches of a step."""
+    return training_shape(config, max(len(b.mask) for b in batches), max(b.prompts.shape[1] + b.mask.shape[1] for b in batches))
+
+
 def training_shape(config, rows, row_tokens):
     """What a note says before scoring and training: rows of a Batch, tokens of its longest row, tokens of a pass."""
-    limit = vars(config).get("max_tokens_per_microbatch") or rows * row_tokens
+    limit = config.max_tokens_per_microbatch or rows * row_tokens
     return {"rows": rows, "row_tokens": row_tokens, "tokens": max(min(limit, rows * row_tokens), row_tokens)}

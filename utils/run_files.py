@@ -17,21 +17,31 @@ from mlx_grpo import UserError, cast_floats, extract_answer, finite_or_none, lor
 
 # Beside the weights, where there is such a thing to continue with (mlx-lm reads model*.safetensors only): model_old that is
 # older than the model, a reference that has moved, what is left of the rollout batch.
+WEIGHTS, ADAPTERS, OPTIMIZER = "model.safetensors", "adapters.safetensors", "optimizer.safetensors"
 OLD_POLICY, REFERENCE, WINDOW = "old_policy.safetensors", "reference.safetensors", "rollouts.safetensors"
 ENDLESS = 10**9      # total_steps of a run that has no last one
 
 
-def save_checkpoint(path, learner, tokenizer, state, extra, phase):
+def arrays_of(learner):
+    """{file: arrays} of a learner as it is now: weights in the dtype they are trained in, or adapters, and moments."""
+    master, full = dict(tree_flatten(learner.master)), learner.config.fine_tune_type == "full"
+    weights = {WEIGHTS: dict(tree_flatten(learner.model.parameters())) | master} if full else {ADAPTERS: master}
+    return weights | {OPTIMIZER: dict(tree_flatten(learner.optimizer.state))}
+
+
+def save_checkpoint(path, learner, tokenizer, state, files, phase):
     """Write a model directory with float32 weights (model.safetensors, sharded when large; config.json; tokenizer;
     generation_config.json), or adapters in mlx-lm's format, and optimizer.safetensors and trainer_state.json; the
-    manifest last; under a temporary name, then rename it. phase: the run's RunState. Raises UserError where it can't be
-    written."""
+    manifest last; under a temporary name, then rename it. state: JSON; files: {name: arrays}; phase: the run's RunState.
+    Raises UserError where it can't be written."""
     from mlx_grpo.files import atomic_directory
     from mlx_grpo.manifest import write_manifest
+    from mlx_grpo.run_guard import set_aside
 
     try:
+        set_aside(Path(path))
         with atomic_directory(path, replace=True) as work:
-            write_checkpoint(work, learner, tokenizer, state, extra)
+            write_checkpoint(work, learner, tokenizer, json.loads(state), files)
             write_manifest(work)
             phase("rename")
     except OSError as error:
@@ -39,11 +49,11 @@ def save_checkpoint(path, learner, tokenizer, state, extra, phase):
                         "on with --resume") from error
 
 
-def write_checkpoint(work, learner, tokenizer, state, extra):
+def write_checkpoint(work, learner, tokenizer, state, files):
     """The files of a checkpoint, into the directory `work`."""
     source = Path(learner.model.source_path)
     if learner.config.fine_tune_type == "full":
-        save_weights(work, dict(tree_flatten(learner.model.parameters())) | dict(tree_flatten(learner.master)))
+        save_weights(work, files[WEIGHTS])
         config = json.loads((source / "config.json").read_text())
         config["torch_dtype"] = config["dtype"] = learner.config.optimizer_dtype
         (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -51,15 +61,14 @@ def write_checkpoint(work, learner, tokenizer, state, extra):
             if file.exists():
                 (work / file.name).write_bytes(file.read_bytes())
     else:
-        save_arrays(work / "adapters.safetensors", dict(tree_flatten(learner.master)))
         layers = learner.config.lora_layers if learner.config.lora_layers >= 0 else len(learner.model.layers)
         adapter = {"fine_tune_type": learner.config.fine_tune_type, "num_layers": layers,
                    "lora_parameters": lora_parameters(learner.config), "model": learner.config.model_name}
         (work / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
     save_tokenizer(tokenizer, work)
-    save_arrays(work / "optimizer.safetensors", dict(tree_flatten(learner.optimizer.state)))
-    for file, arrays in extra.items():
-        save_arrays(work / file, arrays)
+    for name, arrays in files.items():
+        if name != WEIGHTS:
+            save_arrays(work / name, arrays)
     (work / "trainer_state.json").write_text(json.dumps(state | {"versions": versions()}, indent=2) + "\n")
 
 

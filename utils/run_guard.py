@@ -20,7 +20,8 @@ FREE_TO_CHANGE = {
     "num_epochs", "max_steps", "logging_steps", "log_jsonl", "log_token_details", "save_steps", "save_total_limit",
     "save_best", "eval_steps", "eval_samples", "eval_every_updates", "eval_subset_size", "eval_max_new_tokens",
     "eval_temperature", "watch_idle", "watch_target", "output_dir", "run_name", "max_reward_errors", "max_bad_steps",
-    "rollout_batch_size", "use_compile", "callbacks", "health"}
+    "rollout_batch_size", "use_compile", "callbacks", "health",
+    "save_in_background", "max_tokens_per_microbatch"}
 
 
 @contextlib.contextmanager
@@ -99,6 +100,29 @@ def point_to(run_dir, name, checkpoint):
     work.unlink(missing_ok=True)
     work.symlink_to(Path(checkpoint).name)
     os.replace(work, Path(run_dir) / name)
+
+
+def set_aside(checkpoint):
+    """Give a checkpoint-N that isn't whole another name, so that a new one can have its own; says so."""
+    if not checkpoint.exists() or not (trouble := check_manifest(checkpoint)):
+        return
+    number = next(n for n in range(1, 10_000) if not checkpoint.with_name(f"{checkpoint.name}.damaged-{n}").exists())
+    kept = checkpoint.with_name(f"{checkpoint.name}.damaged-{number}")
+    os.rename(checkpoint, kept)
+    print(f"{checkpoint} is not whole ({trouble}); kept as {kept.name}", file=sys.stderr)
+
+
+def tidy(run_dir):
+    """Remove what a process left that was killed while it saved; a checkpoint that was about to be replaced gets its name
+    back. For the process that holds the run directory."""
+    for path in sorted(Path(run_dir).glob(".checkpoint-*")):
+        name, kind = re.fullmatch(r"\.(checkpoint-[a-z0-9]+)(?:\.\w+)*?\.(tmp|old|removed)", path.name).groups()
+        if kind == "old" and not path.with_name(name).exists():
+            os.rename(path, path.with_name(name))
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def prune(run_dir, keep):

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import mlx.core as mx
@@ -29,17 +30,23 @@ class RunState:
 
     def __init__(self):
         self.path = self.file = None
-        self.record = {}
+        self.record, self.background, self.turn = {}, None, threading.Lock()
 
     def __call__(self, phase, **shapes):
         """Note that `phase` begins. shapes: whatever tells how large its arrays are; `step` stays until it is given
         again. Raises UserError where the run directory has vanished, so that nothing is written into a new one."""
-        kept = {name: self.record[name] for name in ("step", "pid", "machine", "limits", "deaths", "memory_limit")
-                if name in self.record}
-        self.record = kept | {"phase": phase, "memory": mx.get_peak_memory(), "ended": None} | shapes
+        if threading.current_thread() is not threading.main_thread():      # a checkpoint is being written meanwhile
+            self.background = phase
+        else:
+            self.begin(phase, shapes)
         if self.file is not None:
             self.check_place()
             self.write()
+
+    def begin(self, phase, shapes):
+        kept = {name: self.record[name] for name in ("step", "pid", "machine", "limits", "deaths", "memory_limit")
+                if name in self.record}
+        self.record = kept | {"phase": phase, "memory": mx.get_peak_memory(), "ended": None} | shapes
 
     def check_place(self):
         try:
@@ -51,9 +58,10 @@ class RunState:
                             f"{self.record.get('step', 0)}): put it back and go on with --resume")
 
     def write(self):
-        text = json.dumps(self.record)
-        assert len(text) < SIZE, f"the note has {len(text)} bytes: {text}"
-        os.pwrite(self.file, text.ljust(SIZE - 1).encode() + b"\n", 0)
+        with self.turn:
+            text = json.dumps(self.record | {"background": self.background})
+            assert len(text) < SIZE, f"the note has {len(text)} bytes: {text}"
+            os.pwrite(self.file, text.ljust(SIZE - 1).encode() + b"\n", 0)
 
     def end(self, how):
         """Note how the run ended; after that nothing is taken for a death."""
