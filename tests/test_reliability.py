@@ -246,7 +246,7 @@ def test_a_background_save_changes_nothing_and_has_one_write_in_flight(tmp_path,
     assert results[0] == results[1] and max(most) == 1 and len(results[0][0]) >= 2
     assert (tmp_path / "b/checkpoint-last").resolve().name == "checkpoint-4" and newest_valid(tmp_path / "b")[1] == []
     logged = read_metrics(tmp_path / "b")
-    assert logged[3]["save_background_s"] > 0.2 and "save_background_s" not in read_metrics(tmp_path / "a")[3]
+    assert sum(m["save_background_s"] for m in logged) > 0.2 and "save_background_s" not in read_metrics(tmp_path / "a")[3]
 
 
 def test_a_background_save_that_fails_is_told_at_the_next_step(tmp_path, monkeypatch):
