@@ -242,7 +242,7 @@ def test_a_background_save_changes_nothing_and_has_one_write_in_flight(tmp_path,
         results.append([{file.name: file.read_bytes() for file in sorted((tmp_path / name / f"checkpoint-{n}").glob("*.safetensors"))}
                         for n in range(1, 5)])
         state = json.loads((tmp_path / name / "checkpoint-3/trainer_state.json").read_text())
-        results[-1].append({k: numbers(v) if isinstance(v, dict) else v for k, v in state.items() if k != "config"})
+        results[-1].append({k: numbers(v) if isinstance(v, dict) else v for k, v in state.items() if k not in ("config", "callbacks")})
     assert results[0] == results[1] and max(most) == 1 and len(results[0][0]) >= 2
     assert (tmp_path / "b/checkpoint-last").resolve().name == "checkpoint-4" and newest_valid(tmp_path / "b")[1] == []
     logged = read_metrics(tmp_path / "b")
