@@ -20,9 +20,10 @@ from mlx_grpo import UserError, run_command  # noqa: E402
 ABLATIONS = [  # (what, options of MLXGRPOConfig, constants of mlx_grpo): one fast path off, or one saving on
     ("as shipped", {}, {}),
     ("every completion computes its prompt", {"prefix_sharing": "off"}, {}),
-    ("one pass for the whole step", {"max_tokens_per_microbatch": 0}, {}),
+    ("passes of at most 2048 tokens", {"max_tokens_per_microbatch": 2048}, {}),
     ("logits of all completion tokens at once", {}, {"HEAD_CHUNK": 2**40}),
     ("gradient checkpointing", {"gradient_checkpointing": True}, {}),
+    ("keys and values of rollouts at 8 bits", {"kv_bits": 8}, {}),
     ("8 rows decoded together", {"rollout_batch_size": 8}, {}),
     ("a copy to sample from", {"update_every": 2}, {}),
 ]
