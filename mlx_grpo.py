@@ -11,7 +11,7 @@ Different from the paper: rewards are rules, not a learned model.
 
     python mlx_grpo.py --config configs/prod.toml --set num_generations=16
     python mlx_grpo.py eval --config configs/prod.toml --set model_name=outputs/run/checkpoint-500
-    python mlx_grpo.py {train,sft,eval,rewards,plan,report,sweep,push} --help
+    python mlx_grpo.py {train,sft,eval,rewards,plan,report,sweep,push,completion} --help
 
 Shape letters: P prompts, G completions per prompt, B = P*G rows, L prompt tokens, T completion tokens, V vocabulary,
 C hidden width. Token ids that were sampled are trained on as they are: text is decoded for rewards and people, and
@@ -2529,6 +2529,7 @@ COMMANDS = {   # name: (module with add_arguments(parser) and run_command's func
     "report": ("report", "a run, or several, as one HTML page"),
     "sweep": ("sweep", "a grid or random search over options"),
     "push": ("push", "a checkpoint to the Hugging Face hub, with a model card"),
+    "completion": ("completion", "completion of this command line for bash, zsh or fish"),
 }
 
 
