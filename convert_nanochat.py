@@ -2,7 +2,7 @@
 Converts a nanochat checkpoint for MLX, and a model trained here back for nanochat.
 
     python convert_nanochat.py --repo sdobson/nanochat                       # download and convert
-    python convert_nanochat.py --cache-dir ~/.cache/nanochat                 # its own folders, or any with model_*.pt
+    python convert_nanochat.py --cache-dir ~/.cache/nanochat                 # or a folder with model_*.pt
     python convert_nanochat.py --to-pytorch runs/a/final --output-dir back   # home again
 
 Every generation of nanochat from October 2025 on is known (docs/nanochat.md). A downloaded file never runs code: both
@@ -26,6 +26,7 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx_grpo import UserError, nanochat_folders, nanochat_model, nanochat_verify, run_command  # noqa: E402
 from mlx_grpo import nanochat_checkpoint as checkpoint  # noqa: E402
+from mlx_grpo.help_text import help_of  # noqa: E402
 from mlx_grpo.hub_files import hub_trouble  # noqa: E402
 from mlx_grpo.nanochat_checkpoint import write_json  # noqa: E402
 from mlx_grpo.files import atomic_directory, check_free_space, human_bytes, sha256  # noqa: E402
@@ -217,7 +218,7 @@ def describe(verification):
 # ---- command ---------------------------------------------------------------------------------------------------------
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(**help_of(__doc__))
     p.add_argument("--cache-dir", help="where the checkpoint is: its folder, nanochat's base folder, a hub cache "
                                        "(default: the standard hub cache)")
     p.add_argument("--output-dir", help="default models/nanochat-mlx, with --to-pytorch models/nanochat-pytorch")

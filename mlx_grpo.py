@@ -25,7 +25,6 @@ import contextlib
 import copy
 import importlib
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -2415,7 +2414,13 @@ from mlx_grpo.run_state import RunState  # noqa: E402
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 def train_command(args):
-    """Train by GRPO (or, as `sft`, on demonstrations): what the configuration says, from one command."""
+    """Train by GRPO (or, as `sft`, on demonstrations): what the configuration says, from one command.
+
+    examples:
+      python mlx_grpo.py train --config configs/prod.toml --set num_generations=16
+      python mlx_grpo.py sft --config configs/prod.toml --set run_name=warm-start
+      python mlx_grpo.py train --config configs/prod.toml --resume
+    """
     from mlx_grpo.files import check_free_space
 
     config, sources = load_config(args.config, args.set)
@@ -2535,18 +2540,23 @@ COMMANDS = {   # name: (module with add_arguments(parser) and run_command's func
 
 def make_parser(chosen=None):
     """The parser of the whole command line; only the chosen command's module is imported, and its options declared."""
-    parser = argparse.ArgumentParser(prog="mlx_grpo.py", description="GRPO fine-tuning of language models on MLX.",
-                                     epilog="example: python mlx_grpo.py --config configs/prod.toml --set num_generations=16")
+    from mlx_grpo.help_text import help_of
+
+    parser = argparse.ArgumentParser(prog="mlx_grpo.py", **help_of("""GRPO fine-tuning of language models on MLX.
+
+        examples:
+        python mlx_grpo.py --config configs/prod.toml --set num_generations=16
+        python mlx_grpo.py plan --help
+        """))
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name, (module, help) in COMMANDS.items():
-        sub = commands.add_parser(name, help=help, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name != chosen:
+            commands.add_parser(name, help=help)
             continue
         tool = importlib.import_module(f"mlx_grpo.{module}") if module else None
         add_arguments, function = (tool.add_arguments, tool.run) if tool else (add_train_arguments, train_command)
+        sub = commands.add_parser(name, help=help, **help_of(function.__doc__))
         add_arguments(sub)
-        sub.description, _, sub.epilog = (inspect.getdoc(function) + "\n").partition("\n\nexamples:\n")
-        sub.epilog = "examples:\n" + sub.epilog if sub.epilog else None
         sub.set_defaults(function=function)
     return parser
 

@@ -27,6 +27,7 @@ from mlx_grpo.adapter_files import WEIGHTS, load_onto, read_mlx, read_mlx_config
 from mlx_grpo.adapter_fuse import NotEqual, fuse  # noqa: E402
 from mlx_grpo.checked_load import check_safetensors, load_checked, read_json  # noqa: E402
 from mlx_grpo.files import atomic_directory  # noqa: E402
+from mlx_grpo.help_text import help_of  # noqa: E402
 from mlx_grpo.hub_files import fetch_model  # noqa: E402
 from mlx_grpo.peft_config import read_peft_config  # noqa: E402
 
@@ -189,7 +190,7 @@ def bits(config):
 
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(**help_of(__doc__))
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function, about in (("to-peft", to_peft, "mlx-lm to PEFT"),
                                   ("from-peft", from_peft, "PEFT to mlx-lm"),

@@ -1,12 +1,12 @@
 """
 Lists, backs up, checks, thins out and compares checkpoints: our own training runs', Hugging Face's, NeMo's.
 
-    python utils/checkpoints.py list DIR             everything below DIR, newest first, valid or why not
-    python utils/checkpoints.py latest DIR           the newest valid one's path, `*-last` before others
-    python utils/checkpoints.py backup PATH          to backups/{name}_backup_{YYYYmmdd_HHMMSS}, compared by hash
-    python utils/checkpoints.py verify PATH          reads every byte; exit code 1 where something is wrong
-    python utils/checkpoints.py prune DIR --keep 3   what could go; asks, or goes ahead with --yes
-    python utils/checkpoints.py diff A B             which tensors differ and by how much; exit code 1 where some do
+    python utils/checkpoints.py list DIR             # everything below DIR, newest first
+    python utils/checkpoints.py latest DIR           # the newest valid one's path, `*-last` before others
+    python utils/checkpoints.py backup PATH          # to backups/, compared by hash
+    python utils/checkpoints.py verify PATH          # reads every byte
+    python utils/checkpoints.py prune DIR --keep 3   # what could go; asks, or goes ahead with --yes
+    python utils/checkpoints.py diff A B             # which tensors differ and by how much
 
 From Python: CheckpointManager(base_dir). docs/checkpoints.md tells more.
 """
@@ -27,6 +27,7 @@ from mlx_grpo.checkpoint_find import (                         # noqa: E402, F40
     Found, checkpoint_at, entries, find_checkpoints, latest, why_incomplete)
 from mlx_grpo.checkpoint_info import as_json, describe, fault, list_all, table, verify   # noqa: E402
 from mlx_grpo.files import human_bytes                         # noqa: E402
+from mlx_grpo.help_text import help_of                      # noqa: E402
 
 
 class CheckpointManager:
@@ -139,7 +140,7 @@ def diff_command(arguments):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="checkpoints.py", description=__doc__.split("\n\n")[0].strip())
+    parser = argparse.ArgumentParser(prog="checkpoints.py", **help_of(__doc__))
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|latest|backup|verify|prune|diff")
 
     def command(name, function, help):

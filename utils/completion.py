@@ -236,7 +236,7 @@ def run(args):
     installed `mlx-grpo` (not `python mlx_grpo.py`, which belongs to python).
 
     examples:
-      source <(mlx-grpo completion bash)                                          # for good: in ~/.bashrc
+      source <(mlx-grpo completion bash)                           # for good: in ~/.bashrc
       mlx-grpo completion zsh > "${fpath[1]}/_mlx-grpo"
       mlx-grpo completion fish > ~/.config/fish/completions/mlx-grpo.fish
     """

@@ -5,8 +5,7 @@ Convert a Hugging Face model to MLX, and prove that it still computes the same.
     python utils/convert_model.py --hf-path Qwen/Qwen2.5-1.5B-Instruct -q --bits 4 --eos-token "<|im_end|>"
     python utils/convert_model.py --list
 
-It stands on mlx-lm, with its config normalised (utils/model_config.py) and its loading checked (utils/checked_load.py).
-The directory appears once it is whole: an interrupted or failed conversion leaves nothing. conversion.json in it tells
+On mlx-lm, with its config normalised (utils/model_config.py) and its loading checked (utils/checked_load.py). The directory appears once it is whole: an interrupted or failed conversion leaves nothing. conversion.json in it tells
 what was done.
 """
 
@@ -23,6 +22,7 @@ from mlx_grpo import UserError, run_command  # noqa: E402
 from mlx_grpo import nanochat_model  # noqa: E402
 from mlx_grpo.checked_load import check_files, is_mlx, load_checked, read_json, register_nanochat  # noqa: E402
 from mlx_grpo.files import atomic_directory, check_free_space, human_bytes  # noqa: E402
+from mlx_grpo.help_text import help_of  # noqa: E402
 from mlx_grpo.hub_files import fetch_model  # noqa: E402
 from mlx_grpo.model_config import config_notes, normalize_config, supported_architectures  # noqa: E402
 from mlx_grpo.model_files import copy_tokenizer, open_tokenizer, set_eos_token, upload, write_card  # noqa: E402
@@ -222,7 +222,7 @@ def list_architectures():
 
 def parse(arguments=None):
     """The options; UserError for contradictory ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(**help_of(__doc__))
     parser.add_argument("--hf-path", help="hub id or directory of the model (required)")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the matrices")
     parser.add_argument("--bits", type=int, choices=BITS, help="bits for each weight, with -q (default 4)")

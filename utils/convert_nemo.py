@@ -1,13 +1,14 @@
 """
 Hugging Face models to NeMo and back, on any CPU, without NeMo, Megatron or CUDA.
 
-    python utils/convert_nemo.py import --source HF_DIR_OR_ID --output DIR [--format nemo2|bridge|nemo1] [--dtype
-    bfloat16] python utils/convert_nemo.py export --path CHECKPOINT --output DIR
+    python utils/convert_nemo.py import --source HF_DIR_OR_ID --output DIR --dtype bfloat16
+    python utils/convert_nemo.py export --path CHECKPOINT --output DIR
     python utils/convert_nemo.py inspect PATH
     python utils/convert_nemo.py verify HF_DIR_OR_ID CHECKPOINT
     python utils/convert_nemo.py latest EXPERIMENT_DIR
 
-NVIDIA's own form works as it is, with `nemo llm` replaced:
+NVIDIA's own form (model=..., source=...) works as it is, with `nemo llm` replaced:
+
     python utils/convert_nemo.py import model=llama3_8b source=hf://org/name output_path=DIR
     python utils/convert_nemo.py export path=DIR target=hf output_path=DIR
 
@@ -28,6 +29,7 @@ from difflib import get_close_matches                          # noqa: E402
 from mlx_grpo import UserError, run_command                    # noqa: E402
 from mlx_grpo.checkpoints import latest                        # noqa: E402
 from mlx_grpo.files import human_bytes                         # noqa: E402
+from mlx_grpo.help_text import help_of                      # noqa: E402
 from mlx_grpo.nemo_convert import export_hf, import_hf         # noqa: E402
 from mlx_grpo.nemo_families import FAMILIES, FORMATS           # noqa: E402
 from mlx_grpo.nemo_inspect import inspect, lines               # noqa: E402
@@ -77,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    parser = Parser(prog="convert_nemo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="convert_nemo.py", **help_of(__doc__))
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|inspect|verify|latest")
     one = commands.add_parser("import", help="a Hugging Face model to a NeMo checkpoint")
     one.add_argument("--source", required=True, help="a model directory, org/name or hf://org/name")

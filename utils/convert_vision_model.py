@@ -25,6 +25,7 @@ from mlx_grpo.checked_load import check_files, is_mlx, read_json  # noqa: E402
 from mlx_grpo.convert_model import BITS, DTYPES, GROUP_SIZES, check_ahead, check_finite, describe  # noqa: E402
 from mlx_grpo.convert_model import versions, written_bytes  # noqa: E402
 from mlx_grpo.files import atomic_directory, check_free_space, human_bytes  # noqa: E402
+from mlx_grpo.help_text import help_of  # noqa: E402
 from mlx_grpo.model_check import in_float32  # noqa: E402
 from mlx_grpo.model_files import copy_tokenizer, open_tokenizer, upload, write_card  # noqa: E402
 from mlx_grpo.vision_config import NAMES, import_mlx_vlm, normalize_vision_config, vision_notes  # noqa: E402
@@ -173,7 +174,7 @@ def vlm_version():
 
 def parse(arguments=None):
     """The options; UserError for contradictory ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(**help_of(__doc__))
     parser.add_argument("--hf-path", help="hub id or directory of the model (required)")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the language model's matrices")
     parser.add_argument("--bits", type=int, choices=BITS, help="bits for each weight, with -q (default 4)")

@@ -41,9 +41,11 @@ def add_arguments(parser):
 def run(args):
     """Exact match (greedy), avg@N, pass@k, maj@k and mean rewards of a model, with 95% intervals; or of two, compared.
 
-    examples: mlx_grpo.py eval --config run.toml --samples 8 --k 1,8 --category topic --output scores.json
-              mlx_grpo.py eval --config run.toml --compare base_model outputs/run/checkpoint-500
-              mlx_grpo.py eval --compare before.json after.json --output comparison.md"""
+    examples:
+      python mlx_grpo.py eval --config run.toml --samples 8 --k 1,8 --output scores.json
+      python mlx_grpo.py eval --config run.toml --compare base_model outputs/run/checkpoint-500
+      python mlx_grpo.py eval --compare before.json after.json --output comparison.md
+    """
     for path in args.output:
         if not Path(path).absolute().parent.is_dir():
             raise UserError(f"--output {path}: there is no directory {Path(path).parent}; create it first")

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # runs from a plain clone, from any directory
 
 from mlx_grpo import UserError, run_command  # noqa: E402
+from mlx_grpo.help_text import help_of  # noqa: E402
 from mlx_grpo.inference_engine import Sampling  # noqa: E402
 from mlx_grpo.model_files import open_tokenizer  # noqa: E402
 from mlx_grpo.vision_chat import VisionChat, vision_chat_loop  # noqa: E402
@@ -57,7 +58,7 @@ def answer_prompt(session, messages, images, options):
 
 def parse(arguments=None):
     """The options; UserError for contradictory ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(**help_of(__doc__))
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--prompt", help="one prompt; - reads it from standard input")
     way.add_argument("--chat", action="store_true", help="a conversation in the terminal, always streamed")

@@ -23,6 +23,7 @@ import tiktoken
 from mlx_grpo import MLXGRPOConfig, SFTTrainer, TiktokenTokenizerWrapper, UserError, evaluate, make_problem, mx, run_command
 from mlx_grpo import nanochat_tokenizer as nanochat
 from mlx_grpo.files import atomic_directory
+from mlx_grpo.help_text import help_of
 from mlx_grpo.synthetic import generate
 
 CONFIG = {"model_type": "nanochat", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -76,9 +77,9 @@ def teach(model, tokenizer, config, *, steps, seed, reasoning_share):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(**help_of(__doc__))
     parser.add_argument("--output", default="data/demo_model", help="directory to write (default: data/demo_model)")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of the weights and the demonstrations (default: 1)")
     args = parser.parse_args()
     if Path(args.output).exists():
         raise UserError(f"{args.output} exists; remove it first, or choose another --output")

@@ -1,7 +1,7 @@
 """
 Write docs/configuration.md from the options' declarations in mlx_grpo.py.
 
-    python utils/make_docs.py            # after an option was added or changed; a test compares page and declarations
+    python utils/make_docs.py            # after an option was added or changed
 
 What the declarations don't say stands here: the sections, ranges worth trying, and where the recipes come from.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a plain clone, from any directory
 
 from mlx_grpo import LOADERS, LOSSES, OPTIONS, RECIPES, REWARDS, option_default, optimizers, run_command
+from mlx_grpo.help_text import help_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\
@@ -145,7 +146,7 @@ def page():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Write docs/configuration.md from the options' declarations.")
+    parser = argparse.ArgumentParser(**help_of(__doc__))
     parser.add_argument("-o", "--output", default=PAGE, type=Path, help="the page (default: docs/configuration.md)")
     output = parser.parse_args(argv).output
     output.write_text(page(), encoding="utf-8")

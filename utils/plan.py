@@ -15,7 +15,12 @@ def add_arguments(parser):
 
 
 def run(args):
-    """Every option with its value and source, the problems and steps, and what the run will hold in memory."""
+    """Every option with its value and source, the problems and steps, and what the run will hold in memory.
+
+    examples:
+      python mlx_grpo.py plan --config configs/prod.toml
+      python mlx_grpo.py plan --config configs/prod.toml --set num_generations=16
+    """
     config, sources = load_config(args.config, args.set)
     find_rewards(config.rewards, config.reward_options)
     for name, value in asdict(config).items():

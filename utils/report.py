@@ -2,9 +2,9 @@
 One self-contained HTML page from the files of one or more runs: curves, completions, before and after, health, options.
 
     python utils/report.py outputs/a -o report.html
-    python utils/report.py outputs/a outputs/b -o report.html    the runs together, and what differs in their options
-    python utils/report.py outputs/a -o report.html --follow     written anew while the run goes on, until Ctrl-C
-    python utils/report.py outputs/a --svg curves.svg            the main curves for a README
+    python utils/report.py outputs/a outputs/b -o report.html  # the runs together, and how they differ
+    python utils/report.py outputs/a -o report.html --follow   # written anew while the run goes on
+    python utils/report.py outputs/a --svg curves.svg          # the main curves for a README
 
 The page opens from the disk, loads nothing and sends nothing. It is made from the run's files alone (docs/report.md).
 """
@@ -25,6 +25,7 @@ from html import escape                                        # noqa: E402
 
 from mlx_grpo import UserError, run_command                    # noqa: E402
 from mlx_grpo.files import human_bytes                         # noqa: E402
+from mlx_grpo.help_text import help_of                      # noqa: E402
 from mlx_grpo.report_curves import charts_for, curves_png, curves_svg    # noqa: E402
 from mlx_grpo.report_data import Run, pack, pack_completions   # noqa: E402
 
@@ -130,7 +131,14 @@ def add_arguments(parser):
 
 
 def run(args):
-    """What the parsed arguments of add_arguments ask for."""
+    """One self-contained HTML page from the files of one or more runs: curves, completions, before and after, health,
+    options (docs/report.md).
+
+    examples:
+      python mlx_grpo.py report outputs/a -o report.html
+      python mlx_grpo.py report outputs/a outputs/b -o report.html
+      python mlx_grpo.py report outputs/a -o report.html --follow
+    """
     if args.interval <= 0 or args.completions < 0 or args.max_mb <= 0:
         raise UserError("--interval and --max-mb must be above 0 and --completions not below; "
                         f"got {args.interval}, {args.max_mb} and {args.completions}")
@@ -148,7 +156,7 @@ def run(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
+    parser = argparse.ArgumentParser(**help_of(__doc__))
     add_arguments(parser)
     return run(parser.parse_args())
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a pla
 
 from mlx_grpo import (MLXGRPOConfig, Problem, Sampling, UserError, cast_floats, compute_dtype, frozen_copy,  # noqa: E402
                       is_quantized, load_model, run_command, sample_completions, shipped_path)
+from mlx_grpo.help_text import help_of  # noqa: E402
 from mlx_grpo.problems import read_rows  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
@@ -114,7 +115,7 @@ def toml_line(precision):
 # ---- command ---------------------------------------------------------------------------------------------------------
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(**help_of(__doc__))
     parser.add_argument("--model", required=True, help="directory or hub id of a model that isn't quantised")
     parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 6, 8), help="rollout_bits (default: 4)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128),
