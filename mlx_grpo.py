@@ -162,6 +162,7 @@ class MLXGRPOConfig:
                              'names from REWARDS, or "my_rewards.py:function"')
     reward_options: dict = opt({}, "a table of options for each reward that takes some: { repetition = { ngram = 4 } }")
     reward_weights: list[float] = opt([], "one for each reward; empty = all 1")
+    reward_workers: int = opt(0, "threads that score each group while others decode; 0 = the whole step afterwards", low=0)
     on_reward_error: str = opt("stop", "an exception, wrong length or non-finite value: stop the run, or skip the row",
                                choices=("stop", "skip"))
     max_reward_errors: int = opt(100, "skipped rows after which the run stops all the same", low=0)
@@ -847,6 +848,7 @@ def xmlcount_reward_func(completions, **_):
 
 
 from mlx_grpo.more_rewards import MORE_REWARDS, Maker, bind_options  # noqa: E402
+from mlx_grpo.reward_workers import RewardWorkers  # noqa: E402
 from mlx_grpo.scorer import RewardError, Scorer  # noqa: E402
 
 REWARDS = {
@@ -1857,9 +1859,10 @@ class MLXGRPOTrainer:
         while True:
             problems = self.next_problems(wanted - len(kept)) if problems is None else problems
             self.phase("rollout", **rollout_shape(args, problems, args.num_generations))
-            rollouts = self.generate_responses(problems, sampled)
-            self.phase("rewards", rows=len(problems) * args.num_generations)
-            scores, extras, metrics = self.scorer(rollouts, self.trainer_state())
+            with RewardWorkers(self.scorer, args.reward_workers, problems, self.trainer_state()) as workers:
+                rollouts = self.generate_responses(problems, sampled, workers.finished)
+                self.phase("rewards", rows=len(problems) * args.num_generations)
+                scores, extras, metrics = workers.score(rollouts)
             groups = scores.reshape(len(rollouts), -1, scores.shape[-1])
             totals = self.total_rewards(rollouts, scores).reshape(len(rollouts), -1)
             G, rounds, sampled = totals.shape[1], rounds + 1, sampled + len(rollouts)
@@ -1889,13 +1892,14 @@ class MLXGRPOTrainer:
         self.prompts_drawn += count
         return [self.train_dataset[i] for i in order]
 
-    def generate_responses(self, batch, first_prompt=0):
+    def generate_responses(self, batch, first_prompt=0, finished=None):
         """[Rollout] of num_generations completions for each Problem in `batch`, sampled from model_old. first_prompt: how
-        many prompts of this step have been sampled before, so that each has random numbers of its own."""
+        many prompts of this step have been sampled before, so that each has random numbers of its own. finished: as in
+        sample_completions."""
         if self.rollout_func:
             return check_rollouts(self.rollout_func(self, batch), batch, self.args.num_generations)
         return sample_completions(self.model_old, self.tokenizer, batch, self.args, self.sampling, step=self.step_count + 1,
-                                  num_generations=self.args.num_generations, first_prompt=first_prompt)
+                                  num_generations=self.args.num_generations, first_prompt=first_prompt, finished=finished)
 
     def total_rewards(self, rollouts, scores):
         """(B,) weighted sums of the scores, with the soft overlong punishment; NaN = not scorable."""

@@ -32,6 +32,7 @@ class MyLoader(BaseModelLoader):
         return model, config
 """
 BROKEN = "def broken(completions):\n    return [1 / 0] * len(completions)\n"
+NAMES = "import threading\n\ndef thread(completions, log_extra):\n    log_extra('thread', [threading.current_thread().name] * len(completions))\n    return [0.0] * len(completions)\n"
 STOPS = """
 from mlx_grpo import TrainerCallback
 class Stops(TrainerCallback):
@@ -54,6 +55,7 @@ def files(tmp_path_factory):
     (directory / "my_loader.py").write_text(MY_LOADER)
     (directory / "broken.py").write_text(BROKEN)
     (directory / "stops.py").write_text(STOPS)
+    (directory / "names.py").write_text(NAMES)
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (directory / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(ROWS)))
     return directory
@@ -286,6 +288,7 @@ TABLE = {
     "reward_weights": (logged("reward"), [1.0, 3.0], {}),
     "on_reward_error": (outcome, "skip", {"rewards": ["broken.py:broken", EVEN_SHARE]}),
     "max_reward_errors": (outcome, 3, {"rewards": ["broken.py:broken", EVEN_SHARE], "on_reward_error": "skip"}),
+    "reward_workers": (of_run(lambda run: run.completions[0]["thread"]), 1, {"rewards": ["names.py:thread", EVEN_SHARE]}),
     "scale_rewards": (of_run(lambda run: [r["advantage"] for r in run.completions]), "none", {}),
     "loss_type": (logged("grad_norm"), "dr_grpo", {}),
     "clip_eps": (logged("clip_ratio/low_mean", "loss"), 0.01, MOVING),

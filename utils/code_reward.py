@@ -51,6 +51,7 @@ def make_reward(tests_column, timeout, memory_mb, partial, workers, allow_unsand
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
             shares = list(pool.map(lambda pair: share_passed(*pair, limits, isolation), pairs))
         return [s if s is None or partial else float(s == 1) for s in shares]
+    score.thread_safe = True
     return score
 
 

@@ -205,7 +205,8 @@ def make_reward(**options):
             replies = await asyncio.gather(*(loop.run_in_executor(pool, judge.verdict, body) for body in different.values()))
         found = dict(zip(different, replies))
         for name in ("calls", "cached", "unscored", "tokens_in", "tokens_out", "cost"):
-            log_metric(f"{score.__name__}/{name}", sum(facts.get(name, 0) for _, facts in replies))
-        log_metric(f"{score.__name__}/cost_total", judge.spent())
+            log_metric(f"{score.__name__}/{name}", sum(facts.get(name, 0) for _, facts in replies), "sum")
+        log_metric(f"{score.__name__}/cost_total", judge.spent(), "max")
         return [found[json.dumps(body)][0] for body in bodies]
+    score.thread_safe = True
     return score

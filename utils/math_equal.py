@@ -31,7 +31,7 @@ def make_reward(timeout):
         pairs = [(gold, extract_answer(text) or stated(text)) for text, gold in zip(texts, answer)]
         found, late = worker.compare(pairs)
         if late:
-            log_metric("math_verify/timeouts", late)
+            log_metric("math_verify/timeouts", late, "sum")
         return [None if same is None else float(same) for same in found]
     return score
 

@@ -4,6 +4,7 @@ which gives Scorer and RewardError out again.
 """
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import json
@@ -24,9 +25,12 @@ class RewardError(UserError):
     """A reward function raised, or returned something that is not one finite number or None for each completion."""
 
 
+KINDS = {"mean": lambda values: sum(values) / len(values), "sum": sum, "max": max}      # of a logged metric
+
+
 class Logs:
-    """What one call of a reward function logs. extras: column -> values of log_extra; metrics: name -> list of what
-    log_metric got."""
+    """What one call of a reward function logs. extras: column -> values of log_extra; metrics: (name, kind) -> list of what
+    log_metric got, from which the step's number is made as KINDS says."""
 
     def __init__(self):
         self.extras, self.metrics = {}, {}
@@ -38,27 +42,37 @@ class Logs:
         json.dumps(values)                                # a value that can't be logged is an error of the function
         self.extras[column] = values
 
-    def log_metric(self, name, value):
-        self.metrics.setdefault(name, []).append(float(value))
+    def log_metric(self, name, value, kind="mean"):
+        if kind not in KINDS:
+            raise ValueError(f"log_metric makes one number of a step's values by {', '.join(KINDS)}, not by {kind!r}")
+        self.metrics.setdefault((name, kind), []).append(float(value))
 
 
-def call_rewards(calls):
+def thread_safe(function):
+    """Whether a reward function says that several threads may call it at once (function.thread_safe = True)."""
+    return getattr(function.func if isinstance(function, functools.partial) else function, "thread_safe", False)
+
+
+def call_rewards(calls, turn=None):
     """[(values, extras, metrics), or the exception] for calls, a list of (function, arguments).
 
     The functions run one after the other; what coroutine functions left to be awaited then runs together, in a thread, as
-    the caller may have an event loop of its own."""
+    the caller may have an event loop of its own. turn: a lock, held while functions run that aren't thread_safe."""
     logs, found = [Logs() for _ in calls], []
+    alone = lambda functions: turn if turn and not all(map(thread_safe, functions)) else contextlib.nullcontext()
     for (function, given), log in zip(calls, logs):
         try:
             logging = {k: getattr(log, k) for k in ("log_extra", "log_metric") if k in given}
-            found.append(function(**given | logging))
+            with alone([function]):
+                value = function(**given | logging)
+                found.append(list(value) if inspect.isgenerator(value) else value)
         except Exception as error:                        # the user's code may raise anything
             found.append(error)
     if waiting := [i for i, value in enumerate(found) if inspect.iscoroutine(value)]:
         async def together():
             return await asyncio.gather(*(found[i] for i in waiting), return_exceptions=True)
 
-        with ThreadPoolExecutor(1) as pool:
+        with alone([calls[i][0] for i in waiting]), ThreadPoolExecutor(1) as pool:
             for i, value in zip(waiting, pool.submit(asyncio.run, together()).result()):
                 found[i] = value
     for i, value in enumerate(found):
@@ -78,6 +92,29 @@ def call_reward(function, given):
     return found
 
 
+def joined(name, parts, sizes):
+    """([values of each part], extras, metrics) of what the calls of one function gave for parts of the rows, or the first
+    exception among them. sizes: rows of each part. Raises RewardError for a column of another length."""
+    if error := next((found for found in parts if isinstance(found, BaseException)), None):
+        return error
+    extras, metrics = {column: [] for _, extras, _ in parts for column in extras}, {}
+    for (_, logged, numbers), size in zip(parts, sizes):
+        for column, values in extras.items():
+            given = logged.get(column, [None] * size)
+            if len(given) != size:
+                raise RewardError(f"reward {name!r}: log_extra({column!r}) got {len(given)} values for {size} completions; "
+                                  "give one each")
+            values += given
+        for key, more in numbers.items():
+            metrics.setdefault(key, []).extend(more)
+    return [values for values, _, _ in parts], extras, metrics
+
+
+def rows_of(rollouts):
+    """[(Problem, completion ids, completion text)] of all completions."""
+    return [(r.problem, ids, text) for r in rollouts for ids, text in zip(r.completion_ids, r.texts)]
+
+
 def row_of(given, i):
     """The arguments for row i alone."""
     return {name: [value[i]] if isinstance(value, list) else value for name, value in given.items()}
@@ -91,9 +128,10 @@ def finite_number(value):
         return None
 
 
-def reward_arguments(rows, trainer_state=None):
-    """What reward functions may ask for, by name. rows: [(Problem, completion ids, completion text)]."""
-    columns = sorted(set().union(*(p.columns for p, _, _ in rows)))
+def reward_arguments(rows, trainer_state=None, columns=()):
+    """What reward functions may ask for, by name. rows: [(Problem, completion ids, completion text)]; columns: more names
+    of columns than these rows have, None in each of them."""
+    columns = sorted(set(columns).union(*(p.columns for p, _, _ in rows)))
     return {name: [p.columns.get(name) for p, _, _ in rows] for name in columns} | {
         "prompts": [p.prompt for p, _, _ in rows],
         "completions": [t if isinstance(p.prompt, str) else [{"role": "assistant", "content": t}] for p, _, t in rows],
@@ -128,29 +166,43 @@ class Scorer:
         self.functions = functions
         self.weights = np.array(weights or [1.0] * len(functions))
         self.on_error, self.max_errors = on_error, max_errors
-        self.errors, self.lock = 0, threading.Lock()          # several threads may score at once
+        self.errors, self.lock, self.turn = 0, threading.Lock(), threading.Lock()     # several threads may score at once
 
     def __call__(self, rollouts, trainer_state=None):
         """(scores, extras, metrics): scores (B, number of functions) float64, NaN where a function returned None;
-        extras: column -> B values for completions.jsonl; metrics: name -> mean of what was logged. Raises RewardError."""
-        rows = [(r.problem, ids, text) for r in rollouts for ids, text in zip(r.completion_ids, r.texts)]
-        arguments = reward_arguments(rows, trainer_state)
-        calls = [(function, arguments_for(name, function, arguments)) for name, function in self.functions.items()]
+        extras: column -> B values for completions.jsonl; metrics: name -> number made of what was logged. Raises
+        RewardError."""
+        scores, extras, metrics = self.check(rollouts, trainer_state, [self.call(rollouts, trainer_state)])
+        return scores, extras, self.finish(metrics)
+
+    def call(self, rollouts, trainer_state=None, columns=()):
+        """What call_rewards gives for some rollouts."""
+        return call_rewards(self.calls(rollouts, trainer_state, columns), self.turn)
+
+    def calls(self, rollouts, trainer_state, columns=()):
+        """[(function, arguments)] for some rollouts."""
+        arguments = reward_arguments(rows_of(rollouts), trainer_state, columns)
+        return [(function, arguments_for(name, function, arguments)) for name, function in self.functions.items()]
+
+    def check(self, rollouts, trainer_state, parts):
+        """(scores, extras, metrics by (name, kind)) from `parts`, what self.call gave for equal shares of the rollouts."""
+        rows, sizes = rows_of(rollouts), [len(rows_of(rollouts)) // len(parts)] * len(parts)
+        calls = self.calls(rollouts, trainer_state)
         scores, extras, metrics = np.full((len(rows), len(calls)), np.nan), {}, {}
-        for k, (name, call, found) in enumerate(zip(self.functions, calls, call_rewards(calls))):
-            scores[:, k], logged, numbers = self.check(name, *call, found, rows)
-            for column, values in logged.items():
-                if len(values) != len(rows):
-                    raise RewardError(f"reward {name!r}: log_extra({column!r}) got {len(values)} values for {len(rows)} "
-                                      "completions; give one each")
+        for k, (name, call) in enumerate(zip(self.functions, calls)):
+            scores[:, k], logged, numbers = self.check_one(name, *call, joined(name, [p[k] for p in parts], sizes), sizes, rows)
             extras |= logged
             for key, values in numbers.items():
                 metrics.setdefault(key, []).extend(values)
-        metrics = {key: sum(values) / len(values) for key, values in metrics.items()}
-        return scores, extras, metrics | ({"reward_errors": self.errors} if self.errors else {})
+        return scores, extras, metrics
 
-    def check(self, name, function, given, found, rows):
-        """(column (B,), extras, metrics) of what a call gave. What to do about an error is on_error's to say."""
+    def finish(self, metrics):
+        """{name: number} of metrics by (name, kind), with the number of errors so far."""
+        found = {name: KINDS[kind](values) for (name, kind), values in metrics.items()}
+        return found | ({"reward_errors": self.errors} if self.errors else {})
+
+    def check_one(self, name, function, given, found, sizes, rows):
+        """(column (B,), extras, metrics) of what a function gave. What to do about an error is on_error's to say."""
         if isinstance(found, BaseException):
             reason = f"raised {type(found).__name__}: {found}"
             if self.on_error == "stop" and isinstance(found, UserError):
@@ -159,13 +211,13 @@ class Scorer:
                 raise RewardError(f"reward {name!r} {reason}{self.culprit(function, given, rows)}") from found
             values, extras, metrics = self.score_rows(function, given, len(rows))
         else:
-            values, extras, metrics = found
-            reason = "returned something else than a finite number"
-            if len(values) != len(rows):
-                reason = f"returned {len(values)} values for {len(rows)} completions"
+            lists, extras, metrics = found
+            values, reason = [v for values in lists for v in values], "returned something else than a finite number"
+            if wrong := [i for i, size in enumerate(sizes) if len(lists[i]) != size]:
+                reason, first = f"returned {len(lists[wrong[0]])} values for {sizes[0]} completions", rows[wrong[0] * sizes[0]]
                 if self.on_error == "stop":
-                    raise RewardError(f"reward {name!r} {reason}, the first of them {rows[0][2]!r} to "
-                                      f"{rows[0][0].prompt!r}; return one value each")
+                    raise RewardError(f"reward {name!r} {reason}, the first of them {first[2]!r} to {first[0].prompt!r}; return "
+                                      "one value each")
                 values = [math.nan] * len(rows)
         column, bad = np.full(len(rows), np.nan), 0
         for i, value in enumerate(values):
