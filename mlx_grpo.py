@@ -246,6 +246,8 @@ class MLXGRPOConfig:
     decay_all: bool = opt(False, "weight decay on norms, biases and embeddings as well")
     use_compile: bool | str = opt("auto", 'compile the loss and its gradient; "auto" = on Metal and CUDA',
                                   choices=(True, False, "auto"))
+    cache_limit_gb: float = opt(-1.0, "freed memory that MLX keeps for reuse, GB; -1 = an eighth of all (CPU: 0.03)", low=-1)
+    wired_limit_gb: float = opt(-1.0, "Metal: memory kept from being swapped out, GB; -1 = what it recommends", low=-1)
     # log, evaluation, checkpoints
     logging_steps: int = opt(1, "steps between lines on the terminal", low=0)
     log_jsonl: bool = opt(True, "write metrics.jsonl and completions.jsonl")
@@ -1759,7 +1761,8 @@ class MLXGRPOTrainer:
         self.shapes = []                                # [B, P, L, T, shared] of all passes so far: each is compiled once
         self.entropy_coef = args.entropy_coef
         self.total_steps = count_steps(args, len(self.train_dataset))
-        self.compiled = mx.default_device() != mx.cpu if args.use_compile == "auto" else args.use_compile
+        self.compiled = backend.compiles(args.use_compile)
+        backend.set_limits(args.cache_limit_gb, args.wired_limit_gb)
         self.gradients = self.learner.gradients_of(self.compute_grpo_loss, self.compiled)
         self.interrupted, self.save_s, self.best, self.bad_steps = None, 0.0, None, 0
         self.samples = {}       # step -> (prompt, completion) of the first held-out problem
@@ -1802,7 +1805,7 @@ class MLXGRPOTrainer:
         if self.quantize_rollouts:
             metrics |= {"rollout_bits": self.ladder[self.rung], "healed": self.healed}
         return metrics | {"rollout_s": self.window_metrics["rollout_s"] if fresh else 0.0,
-                          "step_time": time.perf_counter() - started, "peak_gb": mx.get_peak_memory() / 1e9}
+                          "step_time": time.perf_counter() - started, **self.phase.peaks_gb()}
 
     def fill_window(self, problems=None):
         """Sample a rollout batch for minibatches * num_iterations steps, score it, and put the Batches of these steps into
@@ -2344,11 +2347,12 @@ class SFTTrainer(MLXGRPOTrainer):
         self.step_count, self.num_tokens = step, self.num_tokens + sum(b.mask.size for b in batches)
         return {"step": step, "epoch": step * self.args.prompts_per_step / len(self.train_dataset),
                 "learning_rate": learning_rate, "loss": loss, "grad_norm": norm, "num_tokens": self.num_tokens,
-                "step_time": time.perf_counter() - started, "peak_gb": mx.get_peak_memory() / 1e9}
+                "step_time": time.perf_counter() - started, **self.phase.peaks_gb()}
 
 
 # ---- evaluation, checkpoints, run log --------------------------------------------------------------------------------
 
+from mlx_grpo.announce import announce, print_summary  # noqa: E402
 from mlx_grpo.eval_rollouts import eval_rollouts, evaluate, right_answers  # noqa: E402
 from mlx_grpo.background_save import Writer  # noqa: E402
 from mlx_grpo.manifest import check_manifest  # noqa: E402
@@ -2414,46 +2418,6 @@ def train_command(args):
             return 128 + trainer.interrupted
         print_summary(trainer, time.perf_counter() - started)
     return 0
-
-
-def announce(trainer, config, sources, command):
-    """What is about to run, in a few lines: sizes, what is trained, the objective, options without effect."""
-    model, run_dir = trainer.model, trainer.run_dir
-    print(f"{config.model_name}: {count_parameters(model) / 1e6:.1f}M parameters, {str(trainer.dtype).split('.')[-1]} on "
-          f"{mx.default_device()} | {len(trainer.train_dataset)} problems, {len(trainer.eval_dataset)} held out | "
-          f"{f'rows of {config.watch} in' if config.watch else trainer.total_steps} steps of {config.prompts_per_step} prompts"
-          + (f" x {config.num_generations}" if command == "train" else "") + f" | {run_dir}", flush=True)
-    print(trainer.learner.description(), flush=True)
-    if command != "sft":
-        print(f"old log-probs: {old_logprobs_kind(config)} | " + "".join(
-            f"{name} = {asdict(config)[name]!r} (recipe {config.recipe}) | " for name, source in sources.items()
-            if source.startswith("recipe")) + "loss " + config.loss_type, flush=True)
-        for line in options_without_effect(config, sources):
-            print(line, file=sys.stderr)
-    if not trainer.tokenizer.has_chat_template:
-        print("the tokenizer has no chat template: messages are joined as plain text", file=sys.stderr)
-
-
-def print_summary(trainer, seconds):
-    """What the run did: exact match before and after, one completion of each, and where everything is."""
-    run_dir = trainer.run_dir
-    if trainer.samples:
-        first, last = min(trainer.samples), max(trainer.samples)
-        prompt = trainer.samples[first][0]
-        print("\nprompt: " + (prompt if isinstance(prompt, str) else prompt[-1]["content"]))
-        for name, step in (("before", first), ("after", last)):
-            print(f"{name} (step {step}): {trainer.samples[step][1].strip()}")
-    if trainer.log.run_dir:
-        evaluations = [m for m in read_metrics(run_dir) if "eval/exact_match" in m]
-        if evaluations:
-            print(f"\nexact match on {len(trainer.eval_dataset)} held-out problems: {evaluations[0]['eval/exact_match']:.3f} "
-                  f"(step {evaluations[0]['step']}) -> {evaluations[-1]['eval/exact_match']:.3f} "
-                  f"(step {evaluations[-1]['step']}) in {seconds:.0f} s")
-        from mlx_grpo.report import write_report
-
-        write_report([run_dir], run_dir / "report.html", say=lambda line: None)
-        print(f"log     {run_dir / 'metrics.jsonl'}, {run_dir / 'completions.jsonl'}\nreport  {run_dir / 'report.html'}")
-    print(f"model   {run_dir / f'checkpoint-{trainer.step_count}'}")
 
 
 def vocabulary_of(model):

@@ -118,7 +118,7 @@ def ours(gate, o):
         gate.wait()
         m = trainer.step()
         gate.reply(rollout_s=m["rollout_s"], tokens=round(m["completions/mean_length"] * len(o["prompts"]) * o["G"]),
-                   peak_gb=mx.get_peak_memory() / 1e9, gap=m["sampling/sampling_logp_difference/mean"])
+                   peak_gb=m["peak_gb"], gap=m["sampling/sampling_logp_difference/mean"])
 
 
 def our_training(gate, o):
@@ -142,7 +142,7 @@ def our_training(gate, o):
     while True:
         gate.wait()
         m = trainer.step()
-        gate.reply(tokens=len(o["prompts"]) * G * T, peak_gb=mx.get_peak_memory() / 1e9, grad_norm=m["grad_norm"])
+        gate.reply(tokens=len(o["prompts"]) * G * T, peak_gb=m["peak_gb"], grad_norm=m["grad_norm"])
 
 
 def our_rollouts(gate, o):

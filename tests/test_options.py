@@ -133,6 +133,19 @@ def loaded(config):
     return vars(model).get("made_by", "loaded")
 
 
+def limits_set(config):
+    """MLX's limits, as a trainer on a Mac sets them."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("set_cache_limit", "set_wired_limit"):
+            patch.setattr(mx, name, lambda size, name=name: found.update({name: size}))
+        patch.setattr(mx.metal, "is_available", lambda: True)
+        patch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12 * 10**9})
+        train, _ = load_problems(config)
+        MLXGRPOTrainer(*load_model(config.model_name), config.rewards, config, train, run_dir=Path(tempfile.mkdtemp(dir=".")))
+    return found
+
+
 def hub(config):
     """The problems of a hub data set that holds two configurations and three splits."""
     with pytest.MonkeyPatch.context() as patch:
@@ -314,6 +327,7 @@ TABLE = {
     "adam_beta2": (moved, 0.5, {"max_steps": 3}),
     "weight_decay": (moved, 0.9, {}), "decay_all": (moved, True, {"weight_decay": 0.9}),
     "use_compile": (of_run(lambda run: run.counts["compile"] > 0), True, {"use_compile": False, "max_steps": 1}),
+    "cache_limit_gb": (limits_set, 0.5, {}), "wired_limit_gb": (limits_set, 4.0, {}),
     "logging_steps": (printed, 2, {"max_steps": 3}), "log_jsonl": (of_run(lambda run: run.files), False, {}),
     "callbacks": (step_count, ["stops.py:Stops"], {"max_steps": 3}),
     "log_token_details": (of_run(lambda run: sum("token_texts" in r for r in run.completions)), 1, {}),

@@ -22,6 +22,7 @@ from mlx_grpo.memory_limit import memory_limit_bytes
 
 NAME, CRASH = "run_state.json", "crash.txt"
 SIZE = 1024      # bytes of the record
+MEASURED = ("rollout", "scoring", "update")      # phases whose peak memory is logged
 ALLOCATION = "out of memory"      # how a run ended whose allocation failed with an exception
 
 
@@ -31,6 +32,8 @@ class RunState:
     def __init__(self):
         self.path = self.file = None
         self.record, self.background, self.turn = {}, None, threading.Lock()
+        self.peaks = {}          # phase -> the peak of MLX's memory when it last ran, bytes
+        self.peak = 0            # of the whole run
 
     def __call__(self, phase, **shapes):
         """Note that `phase` begins. shapes: whatever tells how large its arrays are; `step` stays until it is given
@@ -44,9 +47,21 @@ class RunState:
             self.write()
 
     def begin(self, phase, shapes):
+        self.measure()
         kept = {name: self.record[name] for name in ("step", "pid", "machine", "limits", "deaths", "memory_limit")
                 if name in self.record}
-        self.record = kept | {"phase": phase, "memory": mx.get_peak_memory(), "ended": None} | shapes
+        self.record = kept | {"phase": phase, "memory": self.peak, "ended": None} | shapes
+
+    def measure(self):
+        """The peak of the phase that ends; MLX has one counter, which starts again here."""
+        now = mx.get_peak_memory()
+        self.peak, self.peaks[self.record.get("phase", "start")] = max(self.peak, now), now
+        mx.reset_peak_memory()
+
+    def peaks_gb(self):
+        """A step's metrics: the peak of the run so far, and of the phases of training when they last ran, GB."""
+        peaks = {f"memory/{name}_peak_gb": self.peaks[name] / 1e9 for name in MEASURED if name in self.peaks}
+        return {"peak_gb": max(self.peak, mx.get_peak_memory()) / 1e9} | peaks
 
     def check_place(self):
         try:
