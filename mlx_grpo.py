@@ -253,6 +253,7 @@ class MLXGRPOConfig:
     log_jsonl: bool = opt(True, "write metrics.jsonl and completions.jsonl")
     log_token_details: int = opt(4, "completions a step whose tokens and log-probs are logged, for the report", low=0)
     callbacks: list[str] = opt([], '"my_hooks.py:EarlyStop": your own code at the events of a run (docs/hooks.md)')
+    live: bool = opt(True, "on a terminal, a view below the lines that is drawn anew: curves, time left, the last sample")
     health: dict = opt({}, "thresholds of the warnings in docs/health.md, false = off: { entropy = 0.05, swap = false }")
     save_total_limit: int = opt(0, "whole checkpoints to keep, beside the last and the best; 0 = all", low=0)
     save_best: str = opt("", 'metric whose best value so far saves a checkpoint, "eval/exact_match" for instance; empty = none')
@@ -1683,7 +1684,7 @@ def clip_metrics(ratio, A, mask, clip_eps, clip_eps_high, M):
 
 # ---- trainer ---------------------------------------------------------------------------------------------------------
 
-from mlx_grpo.hooks import TrainerCallback, all_callbacks, find_callbacks, restore, states  # noqa: E402, F401
+from mlx_grpo.hooks import TrainerCallback, all_callbacks, closes_callbacks, find_callbacks, restore, states  # noqa: E402, F401
 from mlx_grpo.step_metrics import (  # noqa: E402
     completion_metrics, finish_metrics, finite_or_none, gap_metrics, merge_metrics, score_metrics)
 from mlx_grpo.learner import Learner, checkpointed_blocks, clip_gradients, lora_parameters, prepare_trainable  # noqa: E402
@@ -2114,6 +2115,7 @@ class MLXGRPOTrainer:
 
     # -- the run around the steps
 
+    @closes_callbacks
     def train(self):
         """Steps until total_steps, with evaluations, checkpoints and logs at their periods; returns the last metrics."""
         args, metrics = self.args, {}
@@ -2136,7 +2138,6 @@ class MLXGRPOTrainer:
             best = self.is_best(metrics)
             if last or stop or best or self.interrupted or (args.save_steps and self.step_count % args.save_steps == 0):
                 self.save_run(best)
-        self.log.close()
         self.writer.wait()
         self.notify("on_train_end")
         return metrics

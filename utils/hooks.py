@@ -3,6 +3,8 @@ Hooks into a run, for people who want their own code around ours (docs/hooks.md)
 names out again.
 """
 
+from functools import wraps
+
 from mlx_grpo import ConfigError, load_symbol
 
 
@@ -38,6 +40,9 @@ class TrainerCallback:
     def on_train_end(self, trainer):
         """After the last step, however the run ended, unless by an exception."""
 
+    def on_close(self, trainer):
+        """At the very end, after an exception too: files and connections are closed here."""
+
 
 def find_callbacks(specs):
     """[TrainerCallback] of "file.py:name" specs, where the name is a class to be made without arguments or an object, or
@@ -59,10 +64,25 @@ def find_callbacks(specs):
 
 def all_callbacks(config, given=None):
     """A run's callbacks in their order: the health monitor, whose warnings the others see, then those `given`, or, where
-    that is None, the configuration's. Raises ConfigError."""
+    that is None, the configuration's, then what shows and sends on all that these have found. Raises ConfigError."""
     from mlx_grpo.health import HealthMonitor
+    from mlx_grpo.live import LiveView
 
-    return [HealthMonitor(config.health), *find_callbacks(config.callbacks if given is None else given)]
+    own = find_callbacks(config.callbacks if given is None else given)
+    return [HealthMonitor(config.health), *own, *[LiveView()] * config.live]
+
+
+def closes_callbacks(train):
+    """A trainer's `train`, after which, however it ends, every callback's on_close is called."""
+    @wraps(train)
+    def closing(trainer):
+        try:
+            return train(trainer)
+        finally:
+            for callback in trainer.callbacks:
+                callback.on_close(trainer)
+
+    return closing
 
 
 def states(callbacks):

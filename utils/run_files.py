@@ -138,7 +138,7 @@ class RunLog:
 
     def __init__(self, run_dir):
         self.run_dir = Path(run_dir) if run_dir else None
-        self.started, self.first_step, self.progress, self.bar = time.perf_counter(), None, None, None
+        self.started, self.first_step = time.perf_counter(), None
 
     def append(self, name, rows):
         if not self.run_dir:
@@ -199,27 +199,7 @@ class RunLog:
         parts += [f"loss {m['loss']:.4f}", f"lr {m['learning_rate']:.1e}", f"{m['step_time']:.1f} s"
                   + (f" (rollout {m['rollout_s']:.1f})" if "rollout_s" in m else ""), f"{m['peak_gb']:.1f} GB"]
         parts += [f"exact match {m['eval/exact_match']:.2f}"] if "eval/exact_match" in m else []
-        self.show(" | ".join(parts) + (f" | {left / 60:.0f} min left" if total < ENDLESS else ""), m["step"], total)
-
-    def show(self, text, step, total):
-        """Print a line; on a terminal above a progress bar with the time left."""
-        if not sys.stdout.isatty():
-            print(text, flush=True)
-            return
-        if self.progress is None:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.progress = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.progress.start()
-            self.bar = self.progress.add_task("training", total=total if total < ENDLESS else None, completed=step - 1)
-        self.progress.console.print(text, markup=False, highlight=False)
-        self.progress.update(self.bar, completed=step)
-
-    def close(self):
-        """Leave the terminal as it was."""
-        if self.progress:
-            self.progress.stop()
-            self.progress = None
+        print(" | ".join(parts) + (f" | {left / 60:.0f} min left" if total < ENDLESS else ""), flush=True)
 
 
 def read_metrics(run_dir):

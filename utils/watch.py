@@ -183,7 +183,6 @@ class WatchTrainer(MLXGRPOTrainer):
                                 "rows)") from end
             if self.step_count and not (self.run_dir / f"checkpoint-{self.step_count}").exists():
                 self.save_run()
-            self.log.close()
             self.notify("on_train_end")
             print(end, flush=True)
             return {}
