@@ -201,3 +201,31 @@ def test_what_a_callback_keeps_in_its_state_survives_a_resume(tmp_path):
     again.load_checkpoint(tmp_path / "checkpoint-2")
     again.train()
     assert [callback.state for callback in mine] == [[1, 2, 3], [1, 2, 3], [3]]
+
+
+def test_every_callback_is_closed_after_an_exception_too(tmp_path):
+    closed = []
+
+    class Closes(TrainerCallback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_train_end(self, trainer):
+            closed.append("end")
+
+        def on_close(self, trainer):
+            closed.append(self.name)
+            if self.name == "last":
+                raise RuntimeError("a closing that fails")
+
+    class Fails(TrainerCallback):
+        def on_step_end(self, trainer, metrics):
+            raise ZeroDivisionError
+
+    with pytest.raises(RuntimeError, match="a closing that fails"):
+        make_trainer(tmp_path, replace(LOGGED, max_steps=1), callbacks=[Closes("first"), Closes("last")]).train()
+    assert closed == ["end", "end", "last", "first"]
+    closed.clear()
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(tmp_path, replace(LOGGED, max_steps=1), callbacks=[Closes("first"), Fails()]).train()
+    assert closed == ["first"]

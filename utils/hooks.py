@@ -3,6 +3,7 @@ Hooks into a run, for people who want their own code around ours (docs/hooks.md)
 names out again.
 """
 
+from contextlib import ExitStack
 from functools import wraps
 
 from mlx_grpo import ConfigError, load_symbol
@@ -73,14 +74,13 @@ def all_callbacks(config, given=None):
 
 
 def closes_callbacks(train):
-    """A trainer's `train`, after which, however it ends, every callback's on_close is called."""
+    """A trainer's `train`, after which, however it ends, every callback's on_close is called, the last callback's first."""
     @wraps(train)
     def closing(trainer):
-        try:
-            return train(trainer)
-        finally:
+        with ExitStack() as stack:                     # closes the others too where one raises
             for callback in trainer.callbacks:
-                callback.on_close(trainer)
+                stack.callback(callback.on_close, trainer)
+            return train(trainer)
 
     return closing
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlx_grpo import ConfigError, MLXGRPOTrainer, UserError, make_problem, point_to, render_prompt
+from mlx_grpo.hooks import closes_callbacks
 from mlx_grpo.run_files import ENDLESS
 
 POLL_S = 0.2     # seconds between two looks at the file
@@ -173,16 +174,19 @@ class WatchTrainer(MLXGRPOTrainer):
         return metrics | {"watch/rows": self.prompts_drawn, "watch/skipped": self.rows.mark(self.prompts_drawn)["skipped"],
                           "watch/waiting": self.rows.count - self.prompts_drawn}
 
+    @closes_callbacks
     def train(self):
         """Steps until max_steps, a signal, or watch_idle; the last step is saved in any case."""
         try:
-            return super().train()
+            return super().train.__wrapped__(self)    # closing comes after what stands below
         except NoMoreRows as end:
             if not self.step_count and not self.interrupted:
                 raise UserError(f"{end}; not one step was made (a step takes batch_size * gradient_accumulation_steps "
                                 "rows)") from end
+            self.writer.wait()
             if self.step_count and not (self.run_dir / f"checkpoint-{self.step_count}").exists():
                 self.save_run()
+                self.writer.wait()
             self.notify("on_train_end")
             print(end, flush=True)
             return {}
@@ -210,9 +214,9 @@ class WatchTrainer(MLXGRPOTrainer):
 
     # -- checkpoints
 
-    def save_checkpoint(self, path):
+    def checkpoint_writer(self, path):
         self.watched = self.rows.mark(self.prompts_drawn)
-        super().save_checkpoint(path)
+        return super().checkpoint_writer(path)
 
     def load_checkpoint(self, path):
         super().load_checkpoint(path)
