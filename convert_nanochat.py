@@ -26,6 +26,7 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx_grpo import UserError, nanochat_folders, nanochat_model, nanochat_verify, run_command  # noqa: E402
 from mlx_grpo import nanochat_checkpoint as checkpoint  # noqa: E402
+from mlx_grpo.command_line import Parser  # noqa: E402
 from mlx_grpo.help_text import help_of  # noqa: E402
 from mlx_grpo.hub_files import hub_trouble  # noqa: E402
 from mlx_grpo.nanochat_checkpoint import write_json  # noqa: E402
@@ -218,7 +219,7 @@ def describe(verification):
 # ---- command ---------------------------------------------------------------------------------------------------------
 
 def parser():
-    p = argparse.ArgumentParser(**help_of(__doc__))
+    p = Parser(**help_of(__doc__))
     p.add_argument("--cache-dir", help="where the checkpoint is: its folder, nanochat's base folder, a hub cache "
                                        "(default: the standard hub cache)")
     p.add_argument("--output-dir", help="default models/nanochat-mlx, with --to-pytorch models/nanochat-pytorch")

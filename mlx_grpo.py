@@ -76,7 +76,7 @@ def run_command(main):
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error: " + " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -507,6 +507,8 @@ def check_option(name, value, source):
     for v in value if isinstance(value, list) else [value]:
         if isinstance(v, float) and not math.isfinite(v):
             raise ConfigError(f"{source}: {name} must be finite, got {v}")
+        if type(v) is int and rule["high"] is None and v >= 2**31:
+            raise ConfigError(f"{source}: {name} must be below 2^31, got {v}")
         for bound, bad, words in (("low", lambda b: v < b, "at least"), ("high", lambda b: v > b, "at most"),
                                   ("above", lambda b: v <= b, "above")):
             if rule[bound] is not None and bad(rule[bound]):
@@ -519,7 +521,7 @@ def parse_set(text):
     key, equals, raw = text.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise ConfigError(f"--set {text}: expected key=value")
+        raise ConfigError(f"--set {text}: expected key=value, --set seed=1 for instance")
     if key in OPTIONS and OPTIONS[key].type == "str" and not raw.strip().startswith(('"', "'")):
         return key, raw
     try:
@@ -574,10 +576,10 @@ def load_symbol(spec, what):
     sys.modules[module_spec.name] = module     # dataclasses and pickles of the user's file look themselves up there
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:                 # the user's code may raise anything
-        raise ConfigError(f"{what} {spec!r}: running {file} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:   # the user's code may raise anything, and a script may end itself
+        raise ConfigError(f"{what} {spec!r}: running {file} raised {type(error).__name__}: {error}; mend the file") from error
     if name not in vars(module):
-        raise ConfigError(f"{what} {spec!r}: {file} defines no {name!r}{nearest(name, vars(module))}")
+        raise ConfigError(f"{what} {spec!r}: {file} defines no {name!r}{nearest(name, vars(module)) or '; write file.py:name'}")
     return vars(module)[name]
 
 
@@ -731,7 +733,8 @@ def frozen_copy(model, *, bits=0, group_size=64, precision=None):
 
 
 from mlx_grpo.model_loading import (  # noqa: E402
-    LOADERS, BaseModelLoader, CustomModelLoader, NanoChatLoader, find_loader, load_adapted_model, load_model, resolve_model)
+    LOADERS, BaseModelLoader, CustomModelLoader, NanoChatLoader, check_end_token, find_loader, load_adapted_model, load_model,
+    resolve_model)
 
 
 # ---- problems --------------------------------------------------------------------------------------------------------
@@ -758,6 +761,7 @@ def extract_xml_answer(text: str) -> str | None:
     return text[start + len("<answer>"):text.find("</answer>", start)].strip() if start >= 0 else None
 
 
+from mlx_grpo.chat_template import rendered  # noqa: E402
 from mlx_grpo.problems import hub_rows, load_problems, make_problem, read_rows, worked_solution  # noqa: E402
 
 
@@ -768,7 +772,7 @@ def render_prompt(tokenizer, problem, config):
         return list(tokenizer.encode(problem.prompt))
     if not tokenizer.has_chat_template:
         return list(tokenizer.encode("\n\n".join(m["content"] for m in problem.prompt) + "\n"))
-    return list(tokenizer.apply_chat_template(problem.prompt, add_generation_prompt=True, **config.chat_template_kwargs))
+    return rendered(tokenizer, problem.prompt, **config.chat_template_kwargs)
 
 
 def fitting_problems(problems, tokenizer, config):
@@ -1735,6 +1739,7 @@ class MLXGRPOTrainer:
         self.args, self.tokenizer = args, tokenizer
         self.callbacks = all_callbacks(args, callbacks)
         check_loss(args.loss_type)
+        check_end_token(model, tokenizer, args)
         self.scorer = Scorer(find_rewards(reward_funcs, args.reward_options), args.reward_weights, args.on_reward_error,
                              args.max_reward_errors)
         self.train_dataset = fitting_problems(as_problems(train_dataset, args), tokenizer, args)
@@ -2363,7 +2368,7 @@ from mlx_grpo.run_files import (  # noqa: E402
 from mlx_grpo.out_of_memory import after_death, batches_shape, rollout_shape, training_shape  # noqa: E402
 from mlx_grpo.post_mortem import save_post_mortem  # noqa: E402
 from mlx_grpo.run_guard import (  # noqa: E402
-    check_same_run, checkpoints_of, newest_valid, point_to, prune, run_lock, stop_on_signals, tidy)
+    check_same_run, checkpoints_of, newest_valid, point_to, prune, run_lock_or_nothing, stop_on_signals, tidy)
 from mlx_grpo.run_dir import find_run_dir, write_run_config  # noqa: E402
 from mlx_grpo.run_state import RunState  # noqa: E402
 
@@ -2401,7 +2406,8 @@ def train_command(args):
         trainer = WatchTrainer(model, tokenizer, rewards, config, train, held_out, **options)
     else:
         trainer = MLXGRPOTrainer(model, tokenizer, rewards, config, train, held_out, **options)
-    with run_lock(run_dir), trainer.phase.kept_in(run_dir, memory), trainer.writer:
+    with (run_lock_or_nothing(run_dir, lambda: trainer.step_count or trainer.bad_steps),
+          trainer.phase.kept_in(run_dir, memory), trainer.writer):
         if checkpoint:
             trainer.load_checkpoint(checkpoint)
         else:
@@ -2456,9 +2462,10 @@ COMMANDS = {   # name: (module with add_arguments(parser) and run_command's func
 
 def make_parser(chosen=None):
     """The parser of the whole command line; only the chosen command's module is imported, and its options declared."""
+    from mlx_grpo.command_line import Parser
     from mlx_grpo.help_text import help_of
 
-    parser = argparse.ArgumentParser(prog="mlx_grpo.py", **help_of("""GRPO fine-tuning of language models on MLX.
+    parser = Parser(prog="mlx_grpo.py", **help_of("""GRPO fine-tuning of language models on MLX.
 
         examples:
         python mlx_grpo.py --config configs/prod.toml --set num_generations=16

@@ -81,6 +81,10 @@ def load_onto(model, directory):
     except ValueError as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
         raise UserError(f"{directory} doesn't fit this base model: {reason}") from error
+    for name, array in mx.load(str(directory / WEIGHTS)).items():
+        if not mx.isfinite(array).all().item():
+            raise UserError(f"{directory / WEIGHTS}: {name} holds NaN or infinity; the run that wrote it diverged: take an "
+                            "earlier checkpoint")
     model.eval()                    # new layers begin in training mode, with dropout
     if config["fine_tune_type"] == "full":
         return config, {}, []

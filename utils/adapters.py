@@ -13,7 +13,6 @@ and shapes; without --model it's the one that the adapter names. The output appe
 tells more.
 """
 
-import argparse
 import json
 import signal
 import sys
@@ -26,6 +25,7 @@ from mlx_grpo import peft_files, peft_verify  # noqa: E402
 from mlx_grpo.adapter_files import WEIGHTS, load_onto, read_mlx, read_mlx_config, write_mlx  # noqa: E402
 from mlx_grpo.adapter_fuse import NotEqual, fuse  # noqa: E402
 from mlx_grpo.checked_load import check_safetensors, load_checked, read_json  # noqa: E402
+from mlx_grpo.command_line import Parser  # noqa: E402
 from mlx_grpo.files import atomic_directory  # noqa: E402
 from mlx_grpo.help_text import help_of  # noqa: E402
 from mlx_grpo.hub_files import fetch_model  # noqa: E402
@@ -190,7 +190,7 @@ def bits(config):
 
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(**help_of(__doc__))
+    parser = Parser(**help_of(__doc__))
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function, about in (("to-peft", to_peft, "mlx-lm to PEFT"),
                                   ("from-peft", from_peft, "PEFT to mlx-lm"),

@@ -42,12 +42,14 @@ def check_safetensors(path):
     """Check a safetensors header against its file: every tensor's dtype, size and place, no overlap, no rest. Returns
     {name: (dtype, shape)}. Raises UserError; reads the header only."""
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is no file; put the weights' file there, or download it again")
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
             raise UserError(f"{path}: not a whole safetensors file: its header claims {length} bytes, "
-                            f"the file has {size}")
+                            f"the file has {size}; download it again")
         raw = file.read(length)
     try:
         header = json.loads(raw)
@@ -60,8 +62,9 @@ def check_safetensors(path):
     place = 0
     for begin, end, name in spans:
         dtype, shape = tensors[name][:2]
-        if dtype not in ITEM_BITS:
-            raise UserError(f"{path}: tensor {name!r} has the unknown dtype {dtype!r}")
+        if not isinstance(dtype, str) or dtype not in ITEM_BITS:
+            raise UserError(f"{path}: tensor {name!r} has the unknown dtype {dtype!r}; the file is damaged or newer than "
+                            "this program")
         whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
         if not whole or begin != place or (end - begin) * 8 != math.prod(shape) * ITEM_BITS[dtype]:
             raise UserError(f"{path}: tensor {name!r} {dtype}{list(shape)} doesn't fit its bytes {begin}-{end}; "
@@ -92,7 +95,13 @@ def check_files(path):
     files = sorted(path.glob("model*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        wanted = set(read_json(index).get("weight_map", {}).values())
+        weight_map = read_json(index).get("weight_map", {})
+        plain = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+        if not plain or any(Path(name).name != name for name in weight_map.values()):
+            strange = weight_map if not plain else next(name for name in weight_map.values() if Path(name).name != name)
+            raise UserError(f"{index}: weight_map must name a file in this directory for each tensor, got "
+                            f"{str(strange)[:100]!r}; download the index again")
+        wanted = set(weight_map.values())
         lost = sorted(wanted - {file.name for file in files})
         if lost:
             raise UserError(f"{path} is incomplete: {', '.join(lost)} of {len(wanted)} weight files "
@@ -101,7 +110,7 @@ def check_files(path):
         others = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors", "*.h5", "*.msgpack")
                   for file in sorted(path.glob(pattern))]
         remedy = f" (only {', '.join(others[:3])}); open it with transformers, whose save_pretrained writes safetensors"
-        raise UserError(f"{path} has no model*.safetensors" + (remedy if others else "; it holds no weights"))
+        raise UserError(f"{path} has no model*.safetensors" + (remedy if others else ": no weights; download again"))
     return {name: entry for file in files for name, entry in check_safetensors(file).items()}
 
 
@@ -126,7 +135,7 @@ def load_checked(path, *, changes=None, lazy=False, trust_remote_code=False):
     their files until they are used."""
     from mlx_lm.utils import load_config, load_model
     path = Path(path)
-    check_files(path)
+    tensors = check_files(path)
     for name in ("config.json", "generation_config.json"):
         if (path / name).is_file():
             read_json(path / name)
@@ -140,6 +149,10 @@ def load_checked(path, *, changes=None, lazy=False, trust_remote_code=False):
     if config.get("model_file") and not trust_remote_code:
         raise UserError(f"{path} brings its own model code ({config['model_file']}), which would run here; "
                         "read it, then add --trust-remote-code")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method in ("awq", "gptq") and not any(name.endswith(".qweight") for name in tensors):
+        raise UserError(f"{path}: config.json says that the weights are quantised by {method}, and none is (no .qweight); "
+                        "remove quantization_config, or take the weights that belong to it")
     report = KeyReport()
     model, config = load_model(path, lazy=lazy, strict=False, model_config=normalize_config(config),
                                get_model_classes=lambda config: checked_classes(config, path, report),
@@ -166,7 +179,12 @@ def checked_classes(config, path, report):
 
     class Checked(Model):
         def __init__(self, args):
-            super().__init__(args)
+            try:
+                super().__init__(args)
+            except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+                raise UserError(f"{path}: mlx-lm can't build the {config['model_type']} that config.json describes "
+                                f"({type(error).__name__}: {error}); use the configuration that the model's authors "
+                                "published") from error
             self._trial = lambda: Model(args)     # sanitize may change its model, so trials have their own
 
         def sanitize(self, weights):
@@ -222,6 +240,9 @@ def refuse_bad_keys(path, kind, current, given, missing):
             raise UserError(f"{path}: {key} has shape {list(given[key].shape)}, and mlx-lm's {kind} makes it "
                             f"{list(current[key].shape)} from config.json; the two belong to different models, or to a "
                             "variant that mlx-lm doesn't build")
+        if mx.issubdtype(current[key].dtype, mx.floating) and not mx.issubdtype(given[key].dtype, mx.floating):
+            raise UserError(f"{path}: {key} holds {str(given[key].dtype).split('.')[-1]} where {kind} has floats; the file "
+                            "is damaged, or quantised in a way that config.json doesn't tell")
     random = [key for key in missing if not constant(current[key])]
     if random:
         more = f" and {len(random) - 4} more" if len(random) > 4 else ""

@@ -57,6 +57,8 @@ def backup(path, dest="backups", name=None, links=True):
     if source.is_file() and not name.endswith(".nemo"):
         name += ".nemo"
     target = Path(dest).absolute() / name
+    if len(os.fsencode(name)) > 240:
+        raise UserError(f"--name {name[:40]}... is too long for a file's name; give a shorter one")
     if source in target.resolve().parents or source == target.resolve():
         raise UserError(f"{target} lies inside {source}; choose another directory with --dest")
     if found.format == "mlx" and (fault := check_manifest(source)):

@@ -100,7 +100,8 @@ def entries(directory):
     hidden directory. Links are seen, not followed deeper. Raises UserError where there is no such directory."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory")
+        raise UserError(f"{directory}: {'not a' if directory.exists() else 'no such'} directory; give one that holds "
+                        "checkpoints")
     own = checkpoint_at(directory)
     yield directory, own
     if own:

@@ -31,7 +31,8 @@ def plan(directory, keep, keep_best=False):
     if keep < 1:
         raise UserError(f"--keep is {keep}; at least 1 checkpoint has to stay")
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory")
+        raise UserError(f"{directory}: {'not a' if directory.exists() else 'no such'} directory; give one that holds "
+                        "checkpoints")
     result, found, links = Plan(), [], []
     for path in sorted(directory.iterdir()):
         if path.is_symlink():

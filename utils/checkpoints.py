@@ -16,7 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a plain clone, from any directory
 
-import argparse                                                # noqa: E402
 import json                                                    # noqa: E402
 from datetime import datetime                                  # noqa: E402
 
@@ -26,6 +25,7 @@ from mlx_grpo.checkpoint_backup import backup, found_at        # noqa: E402
 from mlx_grpo.checkpoint_find import (                         # noqa: E402, F401
     Found, checkpoint_at, entries, find_checkpoints, latest, why_incomplete)
 from mlx_grpo.checkpoint_info import as_json, describe, fault, list_all, table, verify   # noqa: E402
+from mlx_grpo.command_line import Parser                       # noqa: E402
 from mlx_grpo.files import human_bytes                         # noqa: E402
 from mlx_grpo.help_text import help_of                      # noqa: E402
 
@@ -140,7 +140,7 @@ def diff_command(arguments):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="checkpoints.py", **help_of(__doc__))
+    parser = Parser(prog="checkpoints.py", **help_of(__doc__))
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|latest|backup|verify|prune|diff")
 
     def command(name, function, help):

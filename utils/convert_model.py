@@ -9,7 +9,6 @@ On mlx-lm, with its config normalised (utils/model_config.py) and its loading ch
 what was done.
 """
 
-import argparse
 import json
 import shutil
 import signal
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # runs from a pl
 from mlx_grpo import UserError, run_command  # noqa: E402
 from mlx_grpo import nanochat_model  # noqa: E402
 from mlx_grpo.checked_load import check_files, is_mlx, load_checked, read_json, register_nanochat  # noqa: E402
+from mlx_grpo.command_line import Parser  # noqa: E402
 from mlx_grpo.files import atomic_directory, check_free_space, human_bytes  # noqa: E402
 from mlx_grpo.help_text import help_of  # noqa: E402
 from mlx_grpo.hub_files import fetch_model  # noqa: E402
@@ -222,7 +222,7 @@ def list_architectures():
 
 def parse(arguments=None):
     """The options; UserError for contradictory ones."""
-    parser = argparse.ArgumentParser(**help_of(__doc__))
+    parser = Parser(**help_of(__doc__))
     parser.add_argument("--hf-path", help="hub id or directory of the model (required)")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the matrices")
     parser.add_argument("--bits", type=int, choices=BITS, help="bits for each weight, with -q (default 4)")

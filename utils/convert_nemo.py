@@ -28,6 +28,7 @@ from difflib import get_close_matches                          # noqa: E402
 
 from mlx_grpo import UserError, run_command                    # noqa: E402
 from mlx_grpo.checkpoints import latest                        # noqa: E402
+from mlx_grpo.command_line import Parser                       # noqa: E402
 from mlx_grpo.files import human_bytes                         # noqa: E402
 from mlx_grpo.help_text import help_of                      # noqa: E402
 from mlx_grpo.nemo_convert import export_hf, import_hf         # noqa: E402
@@ -69,13 +70,6 @@ def from_nvidia(tokens, say):
             raise UserError(f"{command}: unknown option {token!r}" + (f"; did you mean {near[0]}=...?" if near else
                             f"; known: {', '.join(f'{k}=' for k in keys)}, model_config.NAME=, trainer.NAME="))
     return out
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
-
-    def error(self, message):
-        raise UserError(f"{self.prog}: {message}; see --help")
 
 
 def make_parser():

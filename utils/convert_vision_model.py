@@ -10,7 +10,6 @@ Quantising is for the language model; the vision tower and its projector stay as
 The directory appears once it is whole; conversion.json in it tells what was done.
 """
 
-import argparse
 import json
 import shutil
 import signal
@@ -24,6 +23,7 @@ from mlx_grpo import vision_check  # noqa: E402
 from mlx_grpo.checked_load import check_files, is_mlx, read_json  # noqa: E402
 from mlx_grpo.convert_model import BITS, DTYPES, GROUP_SIZES, check_ahead, check_finite, describe  # noqa: E402
 from mlx_grpo.convert_model import versions, written_bytes  # noqa: E402
+from mlx_grpo.command_line import Parser  # noqa: E402
 from mlx_grpo.files import atomic_directory, check_free_space, human_bytes  # noqa: E402
 from mlx_grpo.help_text import help_of  # noqa: E402
 from mlx_grpo.model_check import in_float32  # noqa: E402
@@ -174,7 +174,7 @@ def vlm_version():
 
 def parse(arguments=None):
     """The options; UserError for contradictory ones."""
-    parser = argparse.ArgumentParser(**help_of(__doc__))
+    parser = Parser(**help_of(__doc__))
     parser.add_argument("--hf-path", help="hub id or directory of the model (required)")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the language model's matrices")
     parser.add_argument("--bits", type=int, choices=BITS, help="bits for each weight, with -q (default 4)")

@@ -15,6 +15,7 @@ from mlx_grpo import (
     train_sampling, versions, weighted_rewards)
 from mlx_grpo.eval_compare import check_comparable, compare, comparison_lines, comparison_page
 from mlx_grpo.eval_stats import bootstrap_interval, majority_at_k, pass_at_k
+from mlx_grpo.files import check_output_file
 
 MOST_SAMPLES = 1000       # C(n, k) has to fit a float64
 
@@ -47,8 +48,7 @@ def run(args):
       python mlx_grpo.py eval --compare before.json after.json --output comparison.md
     """
     for path in args.output:
-        if not Path(path).absolute().parent.is_dir():
-            raise UserError(f"--output {path}: there is no directory {Path(path).parent}; create it first")
+        check_output_file("--output", path)
         if Path(path).suffix not in (".json", ".md"):
             raise UserError(f"--output {path}: the name must end in .json or .md")
     config, _ = load_config(args.config, args.set)
@@ -127,7 +127,8 @@ def read_result(path):
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: can't read this result: {error}") from error
-    if not isinstance(result, dict) or not {"model", "settings", "k", "problems"} <= result.keys():
+    parts = {"model": str, "settings": dict, "k": list, "problems": list}
+    if not isinstance(result, dict) or not all(isinstance(result.get(name), kind) for name, kind in parts.items()):
         raise UserError(f"{path}: not a result of `mlx_grpo.py eval --output FILE.json`")
     return result
 

@@ -39,6 +39,17 @@ def check_free_space(directory, needed_bytes, what):
                         "free some space or choose another place")
 
 
+def check_output_file(option, path):
+    """Raises UserError where `path`, given by `option`, can't become a file: told before the work whose result it holds."""
+    path, parent = Path(path), Path(path).parent
+    if not parent.is_dir():
+        raise UserError(f"{option} {path}: there is no directory {parent}; create it first")
+    if path.is_dir() or path.is_symlink() and not path.exists():
+        raise UserError(f"{option} {path}: {'a directory' if path.is_dir() else 'a link that leads nowhere'}; name a file")
+    if not os.access(path if path.exists() else parent, os.W_OK):
+        raise UserError(f"{option} {path}: no permission to write there; choose another place")
+
+
 def sync_directory(path):
     """Flush a directory's entries to the disk (a rename is only durable after this)."""
     handle = os.open(path, os.O_RDONLY)
@@ -54,6 +65,8 @@ def atomic_directory(target, replace=False):
     the block raises. Raises UserError where `target` exists and is not an empty directory, unless `replace` is true,
     and where its parent can't be written."""
     target = Path(target).absolute()
+    if target.is_symlink() and not target.exists():
+        raise UserError(f"{target} is a link that leads nowhere; remove it or choose another directory")
     if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} already exists and is not empty; choose another directory or remove it first")
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")

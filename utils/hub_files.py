@@ -22,7 +22,8 @@ def fetch_model(name, revision=None, trust_remote_code=False):
             raise UserError(f"{name} is a directory here, so --revision {revision} has no meaning; leave it away")
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
-        raise UserError(f"{name}: no such directory")
+        raise UserError(f"{name}: " + ("a file; give the directory that holds it" if path.is_file() else
+                                       "no such directory; check the path"))
     patterns = PATTERNS + (["*.py"] if trust_remote_code else [])
     from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import DryRunError, HFValidationError, HTTPError
@@ -58,7 +59,7 @@ def hub_trouble(error, revision=None):
         return "no such directory here, and not a name that the hub could have (owner/name)"
     if isinstance(error, errors.LocalEntryNotFoundError):
         why = "offline mode is on (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else f"{host} can't be reached"
-        return f"no such directory here, {why} and the hub's cache doesn't have it whole"
+        return f"no such directory here, {why} and the hub's cache doesn't have it whole; check the name"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk with {constants.HF_HUB_CACHE} is full"
     return f"{host} refused: {str(error).strip().splitlines()[0]}"

@@ -9,7 +9,6 @@ Opens whatever the trainer opens: mlx-lm models, every nanochat generation, chec
 LoRA weights. Answers go to standard output, everything else to standard error.
 """
 
-import argparse
 import os
 import secrets
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # runs from a plain clone, from any directory
 
 from mlx_grpo import UserError, run_command  # noqa: E402
+from mlx_grpo.command_line import Parser  # noqa: E402
 from mlx_grpo.help_text import help_of  # noqa: E402
 from mlx_grpo.inference_batch import read_items, run_batch  # noqa: E402
 from mlx_grpo.inference_chat import chat_loop, template_ids  # noqa: E402
@@ -116,7 +116,7 @@ def with_prompt_cache(session, options, work):
 
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(**help_of(__doc__))
+    parser = Parser(**help_of(__doc__))
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--prompt", help="one prompt; - reads it from standard input")
     way.add_argument("--chat", action="store_true", help="a conversation in the terminal, always streamed")

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_grpo import UserError
+from mlx_grpo.problems import parse_row
 from mlx_grpo.inference_engine import Float32Logits, context_length, fit_context
 
 PROMPT_KEYS = ("prompt", "question", "messages")
@@ -47,10 +48,7 @@ def read_items(path):
 
 def read_line(where, line):
     """The Item of one JSON line. Raises UserError naming `where`."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}; a .jsonl file has one object a line") from error
+    row = parse_row(line, where)
     given = [key for key in PROMPT_KEYS if isinstance(row, dict) and key in row]
     if len(given) != 1:
         raise UserError(f'{where}: needs one of "prompt", "question" (text) and "messages" (a list)')

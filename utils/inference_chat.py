@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from mlx_grpo import UserError
+from mlx_grpo.chat_template import rendered
 from mlx_grpo.inference_engine import Session
 
 HELP = "clear: forget the conversation   /save FILE: write it   quit, exit or q (or Ctrl-D, Ctrl-C): leave"
@@ -12,19 +13,14 @@ HELP = "clear: forget the conversation   /save FILE: write it   quit, exit or q 
 
 def template_ids(tokenizer, messages, add_generation_prompt=True):
     """The token ids of chat messages. Raises UserError where the model has no chat template or it refuses them."""
-    rendered = render(tokenizer, messages, add_generation_prompt, tokenize=True)
-    return [int(token) for token in rendered]
+    return render(tokenizer, messages, add_generation_prompt, tokenize=True)
 
 
 def render(tokenizer, messages, add_generation_prompt, tokenize):
-    import jinja2
     if not tokenizer.has_chat_template:
         raise UserError("this model has no chat template (a base model, most likely), so there is no --chat or "
                         "--system with it; use --prompt")
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=tokenize)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the model's chat template refuses this conversation: {error}") from error
+    return rendered(tokenizer, messages, tokenize, add_generation_prompt)
 
 
 class Chat:

@@ -9,7 +9,6 @@ Qwen2-VL, Qwen2.5-VL, Qwen3-VL and DeepSeek-OCR, on mlx-vlm (pip install -e '.[v
 everything else to standard error. In a conversation `image FILE` adds an image to the next message.
 """
 
-import argparse
 import os
 import secrets
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # runs from a plain clone, from any directory
 
 from mlx_grpo import UserError, run_command  # noqa: E402
+from mlx_grpo.command_line import Parser  # noqa: E402
 from mlx_grpo.help_text import help_of  # noqa: E402
 from mlx_grpo.inference_engine import Sampling  # noqa: E402
 from mlx_grpo.model_files import open_tokenizer  # noqa: E402
@@ -58,7 +58,7 @@ def answer_prompt(session, messages, images, options):
 
 def parse(arguments=None):
     """The options; UserError for contradictory ones."""
-    parser = argparse.ArgumentParser(**help_of(__doc__))
+    parser = Parser(**help_of(__doc__))
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--prompt", help="one prompt; - reads it from standard input")
     way.add_argument("--chat", action="store_true", help="a conversation in the terminal, always streamed")

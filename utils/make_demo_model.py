@@ -9,7 +9,6 @@ most give up at once. It then gives up, unless it is sampled: one completion in 
 reasoning pays. About 4 minutes on 2 CPU cores; the seed is fixed, so the same machine makes the same file.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a pla
 import tiktoken
 from mlx_grpo import MLXGRPOConfig, SFTTrainer, TiktokenTokenizerWrapper, UserError, evaluate, make_problem, mx, run_command
 from mlx_grpo import nanochat_tokenizer as nanochat
+from mlx_grpo.command_line import Parser
 from mlx_grpo.files import atomic_directory
 from mlx_grpo.help_text import help_of
 from mlx_grpo.synthetic import generate
@@ -77,10 +77,12 @@ def teach(model, tokenizer, config, *, steps, seed, reasoning_share):
 
 
 def main():
-    parser = argparse.ArgumentParser(**help_of(__doc__))
+    parser = Parser(**help_of(__doc__))
     parser.add_argument("--output", default="data/demo_model", help="directory to write (default: data/demo_model)")
     parser.add_argument("--seed", type=int, default=1, help="of the weights and the demonstrations (default: 1)")
     args = parser.parse_args()
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed} must be at least 0 and below 2^63")
     if Path(args.output).exists():
         raise UserError(f"{args.output} exists; remove it first, or choose another --output")
     config = MLXGRPOConfig(

@@ -6,7 +6,6 @@ Write docs/configuration.md from the options' declarations in mlx_grpo.py.
 What the declarations don't say stands here: the sections, ranges worth trying, and where the recipes come from.
 """
 
-import argparse
 import json
 import math
 import re
@@ -16,6 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a plain clone, from any directory
 
 from mlx_grpo import LOADERS, LOSSES, OPTIONS, RECIPES, REWARDS, option_default, optimizers, run_command
+from mlx_grpo.command_line import Parser
+from mlx_grpo.files import check_output_file
 from mlx_grpo.help_text import help_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -146,9 +147,10 @@ def page():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(**help_of(__doc__))
+    parser = Parser(**help_of(__doc__))
     parser.add_argument("-o", "--output", default=PAGE, type=Path, help="the page (default: docs/configuration.md)")
     output = parser.parse_args(argv).output
+    check_output_file("--output", output)
     output.write_text(page(), encoding="utf-8")
     print(f"{output}: {len(OPTIONS)} options, {len(RECIPES)} recipes")
     return 0

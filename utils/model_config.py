@@ -135,6 +135,9 @@ def scaling_of(settings):
 
 # ---- what mlx-lm has ----
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim",
+         "max_position_embeddings")
+
 def architecture_module(config):
     """The module of mlx_lm.models that builds this config, None where there is none (or it can't be imported: OLMo's
     first generation ends the program where hf_olmo is missing)."""
@@ -206,7 +209,29 @@ def unsupported_reason(config):
         return f"{what} and writes no text; mlx-lm runs decoders only: choose one such as {nearest(kind, supported)}"
     if architecture_module(config) is None:
         return f"mlx-lm has no architecture {kind!r}; the nearest it has: {nearest(kind, supported)} (--list shows all)"
-    return args_error(config, kind) or rope_error(config, kind)
+    return value_error(config) or args_error(config, kind) or rope_error(config, kind)
+
+
+def value_error(config):
+    """One line where a size isn't a positive whole number, an end token no token id, or a quantisation not given whole."""
+    for part in (config, config.get("text_config")):
+        for name in SIZES if isinstance(part, dict) else ():
+            value = part.get(name)
+            if value is not None and not isinstance(value, list) and (type(value) is not int or value < 1):
+                return (f"config.json: {name} must be a whole number above 0, got {value!r}; use the configuration that the "
+                        "model's authors published")
+    ends = config.get("eos_token_id")
+    for value in ends if isinstance(ends, list) else [ends]:
+        if value is not None and (type(value) is not int or value < 0):
+            return (f"eos_token_id (config.json, generation_config.json) must be a token id or a list of them, got {value!r}"
+                    "; set it to the id of the end token")
+    quantization = config.get("quantization")
+    if quantization is not None:
+        for name in ("bits", "group_size"):
+            value = quantization.get(name) if isinstance(quantization, dict) else None
+            if type(value) is not int or value < 1:
+                return f"config.json: quantization needs a whole number as {name}, got {value!r}; convert the model again"
+    return None
 
 
 def args_error(config, kind):

@@ -17,13 +17,14 @@ VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 def open_tokenizer(source, config, eos_token=None, trust_remote_code=False):
     """The tokenizer of a directory, opened to know that it works and that it has `eos_token`. Raises UserError."""
     from mlx_lm.utils import load_tokenizer
-    if not any(True for pattern in VOCABULARIES for _ in Path(source).glob(pattern)):    # transformers makes one up
+    there = any(True for pattern in VOCABULARIES for _ in Path(source).glob(pattern))
+    if not there and not trust_remote_code:                                             # transformers makes one up
         raise UserError(f"{source} has no tokenizer ({', '.join(VOCABULARIES)}); copy the tokenizer files of the model "
                         "it was made from beside it")
     try:
         tokenizer = load_tokenizer(source, {"trust_remote_code": trust_remote_code}, config.get("eos_token_id"))
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:      # its files may be anything, and the tokenizers library raises bare Exceptions
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
         raise UserError(f"{source}: its tokenizer can't be opened ({reason}); copy the tokenizer files of the model it "
                         "was made from beside it, or add --trust-remote-code where it brings its own code") from error
     if eos_token and eos_token not in tokenizer.get_vocab():

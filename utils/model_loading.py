@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_grpo import ConfigError, TiktokenTokenizerWrapper, UserError, cast_floats, load_symbol, nearest, shipped_path
+from mlx_grpo.checked_load import read_json
 
 
 def resolve_model(name_or_path, trust_remote_code=False):
@@ -17,7 +19,8 @@ def resolve_model(name_or_path, trust_remote_code=False):
     once its config is one that runs and the disk has room. Raises UserError."""
     from mlx_grpo.hub_files import fetch_model
 
-    return fetch_model(str(shipped_path(name_or_path)), trust_remote_code=trust_remote_code)
+    shipped = shipped_path(name_or_path)           # a Path drops the "./" that tells a directory from a hub id
+    return fetch_model(str(shipped if shipped.exists() else name_or_path), trust_remote_code=trust_remote_code)
 
 
 class BaseModelLoader:
@@ -47,12 +50,9 @@ class BaseModelLoader:
     def load_tokenizer(self, path, config):
         """The tokenizer, with mlx-lm's TokenizerWrapper's attributes (encode, decode, apply_chat_template,
         eos_token_ids, detokenizer...)."""
-        from mlx_lm.utils import load_tokenizer
+        from mlx_grpo.model_files import open_tokenizer
 
-        try:
-            return load_tokenizer(path, {"trust_remote_code": self.trust_remote_code}, config.get("eos_token_id"))
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path}: can't load the tokenizer: {str(error).splitlines()[0]}") from error
+        return open_tokenizer(path, config, trust_remote_code=self.trust_remote_code)
 
 
 class NanoChatLoader(BaseModelLoader):
@@ -88,7 +88,10 @@ def find_loader(path, config, loader="auto"):
     if not loader.partition(":")[0].endswith(".py"):
         raise ConfigError(f'model_loader {loader!r} is neither "auto", one of {", ".join(LOADERS)}, nor file.py:Class'
                           + nearest(loader, LOADERS))
-    return load_symbol(loader, "model_loader")
+    found = load_symbol(loader, "model_loader")
+    if not isinstance(found, type):
+        raise ConfigError(f"model_loader {loader!r} is {found!r}, not a class; name a subclass of BaseModelLoader")
+    return found
 
 
 def load_model(name_or_path, *, loader="auto", trust_remote_code=False, dtype=None):
@@ -99,10 +102,9 @@ def load_model(name_or_path, *, loader="auto", trust_remote_code=False, dtype=No
     path = resolve_model(name_or_path, trust_remote_code)
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         return load_adapted_model(path, loader=loader, trust_remote_code=trust_remote_code, dtype=dtype)
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable config.json ({error}); is it a model directory?") from error
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} has no config.json; give a model's directory, or a checkpoint of a run")
+    config = read_json(path / "config.json")
     opener = find_loader(path, config, loader)()
     opener.trust_remote_code = trust_remote_code
     opener.validate_compatibility(path, config)
@@ -111,21 +113,39 @@ def load_model(name_or_path, *, loader="auto", trust_remote_code=False, dtype=No
     if dtype:
         model.update(cast_floats(model.parameters(), dtype))
     mx.eval(model.parameters())
+    check_weights(model, path)
     model.eval()
     model.source_path = path
     return model, tokenizer
+
+
+def check_weights(model, path):
+    """Raises UserError where a weight is not finite: nothing could be sampled from such a model, or trained."""
+    for name, weight in tree_flatten(model.parameters()):
+        if mx.issubdtype(weight.dtype, mx.floating) and not mx.isfinite(weight).all().item():
+            raise UserError(f"{path}: {name} holds NaN or infinity; the run that wrote it diverged, or the file is damaged: "
+                            "take an earlier checkpoint, or download it again")
+
+
+def check_end_token(model, tokenizer, config):
+    """Raises UserError where the model has no end token that it could write, and no stop text ends a completion."""
+    from mlx_grpo import vocabulary_of
+
+    size = vocabulary_of(model)
+    if not config.stop and not any(token is not None and token < size for token in tokenizer.eos_token_ids):
+        given = ", ".join(map(str, tokenizer.eos_token_ids))
+        raise UserError(f"{config.model_name}: its end token ({given}) is none of its {size} tokens, so no completion "
+                        "would ever end; set eos_token_id in its config.json, or the option stop")
 
 
 def load_adapted_model(path, **options):
     """(model, tokenizer) of adapters in mlx-lm's format on the base model that their adapter_config.json names."""
     from mlx_grpo.adapter_files import load_onto
 
-    try:
-        base = json.loads((path / "adapter_config.json").read_text()).get("model")
-    except ValueError as error:
-        raise UserError(f"{path}/adapter_config.json: not JSON: {error}") from error
-    if not base:
-        raise UserError(f"{path}/adapter_config.json names no base model; load that with --adapter-path instead")
+    base = read_json(path / "adapter_config.json").get("model")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path / 'adapter_config.json'} names no base model; write its directory or hub id "
+                        "there as \"model\"")
     model, tokenizer = load_model(base, **options)
     load_onto(model, path)
     mx.eval(model.parameters())

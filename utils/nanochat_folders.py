@@ -78,7 +78,8 @@ def find_checkpoint(root, step=None, tokenizer=None, say=print):
     the model, or in nanochat's ../../tokenizer). Says through `say` what was chosen where there was a choice."""
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise UserError(f"--cache-dir {root}: no such directory")
+        raise UserError(f"--cache-dir {root}: {'a file' if root.exists() else 'no such directory'}; give the folder "
+                        "that holds model_<step>.pt, or one above it")
     folders = checkpoint_folders(root, say)
     if not folders:
         raise no_checkpoint(root)

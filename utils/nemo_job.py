@@ -100,6 +100,8 @@ def open_directory(target, overwrite, resume):
     it."""
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} already exists; choose another place, remove it, or pass --overwrite")
+    if target.is_symlink() and not target.exists():
+        raise UserError(f"{target} is a link that leads nowhere; remove it or choose another place")
     work = target.with_name(f".{target.name}.partial")
     try:
         work.mkdir(parents=True, exist_ok=True)

@@ -132,6 +132,9 @@ def compare_logits(path, checkpoint, prompts, result):
                                 f"({str(error).splitlines()[0]})")
             return
     for prompt, (logits_a, text_a), (logits_b, text_b) in zip(prompts, theirs, ours):
+        if logits_a.shape != logits_b.shape:
+            result.say(f"logits on {prompt!r}: {tuple(logits_a.shape)} and {tuple(logits_b.shape)}", False)
+            continue
         worst, limit = float((logits_a - logits_b).abs().max()), TOLERANCE * max(1.0, float(logits_a.abs().max()))
         judged = f"(limit {limit:.3g})" if not result.converted else "(not judged, the dtypes differ)"
         result.say(f"logits on {prompt!r}: largest difference {worst:.3g} {judged}", worst <= limit

@@ -20,6 +20,30 @@ def worked_solution(answer_text):
     return f"<reasoning>\n{steps}\n</reasoning>\n<answer>\n{number.strip().replace(',', '')}\n</answer>"
 
 
+def check_messages(messages, where, column):
+    """Chat messages as a list of {"role", "content"}. Raises UserError where an item is something else."""
+    fits = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+    if not all(map(fits, messages)):
+        raise UserError(f"{where}: {column!r} is a list, so each item must have a role and a content, both text")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def parse_row(line, where):
+    """The value on one line of a JSONL file. Raises UserError naming `where`."""
+    try:
+        row = json.loads(line)
+        if "\\u" in line:                                   # "\\ud83d" alone is half a character, which no tokenizer takes
+            json.dumps(row, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); mend or remove the line") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {error.object[error.start]!a} is half a character (a lone surrogate); mend the "
+                        "line") from error
+    except (ValueError, RecursionError) as error:           # a number of thousands of digits, thousands of brackets
+        raise UserError(f"{where}: not JSON that can be read ({error}); mend or remove the line") from error
+    return row
+
+
 def make_problem(row, config, where):
     """A Problem from one row (a dictionary). Raises UserError naming `where` and the missing column."""
     for option in ("prompt_column", "answer_column", "solution_column"):
@@ -29,11 +53,7 @@ def make_problem(row, config, where):
                             f"set {option} to the right column" + ' ("" = no gold answers)' * (option == "answer_column"))
     prompt, answer = row[config.prompt_column], row.get(config.answer_column)
     if isinstance(prompt, list):
-        if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                   for m in prompt):
-            raise UserError(f"{where}: {config.prompt_column!r} is a list, so each item must have a role and a content, both "
-                            "text")
-        prompt = [{"role": m["role"], "content": m["content"]} for m in prompt]
+        prompt = check_messages(prompt, where, config.prompt_column)
         if config.prompt_format == "text":
             raise UserError(f'{where}: {config.prompt_column!r} holds chat messages; set prompt_format = "chat"')
     elif isinstance(prompt, str):
@@ -62,13 +82,13 @@ def read_rows(path):
             try:
                 table = pyarrow.parquet.read_table(path)
             except pyarrow.lib.ArrowInvalid as error:
-                raise UserError(f"{path}: not a parquet file: {error}") from error
+                raise UserError(f"{path}: not a parquet file: {error}; check dataset") from error
             return [(row, f"{path} row {i + 1}") for i, row in enumerate(table.to_pylist())]
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: can't read the data: {error.strerror or error}; check dataset") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error}") from error
+        raise UserError(f"{path}: not UTF-8 text: {error}; save it as UTF-8") from error
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         rows, line = [], 2
@@ -80,17 +100,15 @@ def read_rows(path):
                 rows.append((row, f"{path}:{line}"))
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{path}:{line}: not CSV: {error}") from error
+            raise UserError(f"{path}:{line}: not CSV: {error}; mend or remove the line") from error
         return rows
     rows = []
     for number, line in enumerate(text.split("\n"), 1):       # not splitlines: JSON text may hold other line separators
         if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error}") from error
+            row = parse_row(line, f"{path}:{number}")
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: expected an object with columns, got {type(row).__name__}")
+                raise UserError(f'{path}:{number}: expected an object with columns, {{"question": ..., "answer": ...}}, got '
+                                f"{type(row).__name__}; mend or remove the line")
             rows.append((row, f"{path}:{number}"))
     return rows
 
@@ -139,7 +157,7 @@ def load_problems(config):
         order.shuffle(held_out)
     problems = [make_problem(row, config, where) for row, where in rows[:config.max_train_samples or None]]
     if not problems:
-        raise UserError(f"dataset {name!r} has no training rows")
+        raise UserError(f"dataset {name!r} has no training rows; name one that has, or lower eval_fraction")
     asked = {json.dumps(p.prompt) for p in problems}
     held_out = [make_problem(row, config, where) for row, where in held_out]
     return problems, [p for p in held_out if json.dumps(p.prompt) not in asked][:config.eval_samples]

@@ -89,9 +89,9 @@ def cleaned(file, base):
 def contents(args):
     """({path in the repository: Path, or bytes}, the checkpoint's step) of a push. Raises UserError."""
     run_dir, checkpoint = find_checkpoint(args.run, args.checkpoint)
-    step = json.loads((checkpoint / "trainer_state.json").read_text())["step_count"]
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["step"]
     record = read_object(run_dir / "config.json")
-    if "config" not in record:
+    if not isinstance(record.get("config"), dict) or not isinstance(record["config"].get("model_name"), str):
         raise UserError(f"{run_dir / 'config.json'} is missing or damaged, so no card can be made; a run "
                         "of `train` or `sft` has one")
     entries = read_manifest(checkpoint / MANIFEST)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a plain clone, from any directory
 
-import argparse                                                # noqa: E402
 import base64                                                  # noqa: E402
 import hashlib                                                 # noqa: E402
 import json                                                    # noqa: E402
@@ -24,6 +23,7 @@ import time                                                    # noqa: E402
 from html import escape                                        # noqa: E402
 
 from mlx_grpo import UserError, run_command                    # noqa: E402
+from mlx_grpo.command_line import Parser                       # noqa: E402
 from mlx_grpo.files import human_bytes                         # noqa: E402
 from mlx_grpo.help_text import help_of                      # noqa: E402
 from mlx_grpo.report_curves import charts_for, curves_png, curves_svg    # noqa: E402
@@ -139,8 +139,8 @@ def run(args):
       python mlx_grpo.py report outputs/a outputs/b -o report.html
       python mlx_grpo.py report outputs/a -o report.html --follow
     """
-    if args.interval <= 0 or args.completions < 0 or args.max_mb <= 0:
-        raise UserError("--interval and --max-mb must be above 0 and --completions not below; "
+    if not (0 < args.interval < 1e6 and 0 < args.max_mb < 1e6 and args.completions >= 0):     # NaN is none of it
+        raise UserError("--interval and --max-mb must be above 0 and below a million, --completions not below 0; "
                         f"got {args.interval}, {args.max_mb} and {args.completions}")
     summaries = [run.summary() for run in open_runs(args.run)] if args.svg or args.png else []
     if args.svg:
@@ -156,7 +156,7 @@ def run(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(**help_of(__doc__))
+    parser = Parser(**help_of(__doc__))
     add_arguments(parser)
     return run(parser.parse_args())
 

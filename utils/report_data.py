@@ -25,10 +25,10 @@ def parse(line, where):
     """The object on one line of a JSONL file. Raises UserError naming `where`."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); remove the line if the run was broken off there") from error
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise UserError(f'{where}: expected an object with a whole number as "step", got {line[:60]!r}')
+        raise UserError(f'{where}: expected an object with a whole number as "step", got {line[:60]!r}; remove the line')
     return row
 
 
@@ -96,6 +96,9 @@ class Run:
             raise UserError(f"no run in {directory} (looked for metrics.jsonl); give a directory that `train` wrote")
         self.completions = [Rows(self.directory / "completions.jsonl", "train", problems),
                             Rows(self.directory / "eval_completions.jsonl", "eval", problems)]
+        for file in (self.directory / "config.json", *(rows.file for rows in self.completions)):
+            if file.is_dir():
+                raise UserError(f"{file} is a directory where a run has a file; remove it")
 
     def signature(self):
         """Changes when one of the run's files does."""

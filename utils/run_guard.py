@@ -47,15 +47,37 @@ def run_lock(run_dir, other="output_dir", name="--set run_name=NAME"):
         yield file
 
 
+@contextlib.contextmanager
+def run_lock_or_nothing(run_dir, started):
+    """run_lock, and where it or the block ends in a UserError before `started()`, a run directory made here is taken away
+    again, with the empty directories above it: once what the error complains of is mended, the same command can be given
+    again. Files go only while the lock is held, so that a process that is refused never takes away the run of another."""
+    whole = Path(run_dir).absolute()
+    made = [path for path in [whole, *whole.parents] if not os.path.lexists(path)]
+    try:
+        with run_lock(run_dir) as lock:
+            try:
+                yield lock
+            except UserError:
+                if made and not started():
+                    shutil.rmtree(whole, ignore_errors=True)
+                raise
+    except UserError:
+        for path in made:
+            with contextlib.suppress(OSError):             # not empty, or never made: it stays as it is
+                path.rmdir()
+        raise
+
+
 def in_use(run_dir):
     """Whether a living process holds the run directory."""
     try:
         with open(Path(run_dir) / ".lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
     except BlockingIOError:
         return True
+    except OSError:                     # there is none, or it can't be read: run_lock tells
+        return False
     return False
 
 

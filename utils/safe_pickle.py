@@ -262,8 +262,9 @@ def read_torch_checkpoint(path):
     try:
         with zipfile.ZipFile(path) as archive:
             members = stored_members(archive, path)
-    except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {path}") from error
+    except OSError as error:
+        raise UserError(f"{path}: can't read the checkpoint: {error.strerror}; give the folder of "
+                        "model_<step>.pt") from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise UserError(f"{path}: not a zip as torch.save writes since version 1.6 ({str(error)[:100]!a}); save it "
                         "again with a newer torch, or download it again") from error

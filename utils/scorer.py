@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
@@ -66,6 +67,8 @@ def call_rewards(calls, turn=None):
             with alone([function]):
                 value = function(**given | logging)
                 found.append(list(value) if inspect.isgenerator(value) else value)
+        except SystemExit as error:
+            found.append(RuntimeError(f"it ended the program (exit {error.code})"))
         except Exception as error:                        # the user's code may raise anything
             found.append(error)
     if waiting := [i for i, value in enumerate(found) if inspect.iscoroutine(value)]:
@@ -78,6 +81,8 @@ def call_rewards(calls, turn=None):
     for i, value in enumerate(found):
         if not isinstance(value, BaseException):
             try:
+                if not isinstance(value, Iterable):
+                    raise TypeError(f"it returned {value!r}, not a list with a number for each completion")
                 found[i] = list(value), logs[i].extras, logs[i].metrics
             except Exception as error:                    # None, or a generator that raises
                 found[i] = error
@@ -144,7 +149,10 @@ def arguments_for(name, function, arguments):
     """Those that the function names, or all of them if it has **kwargs, less those that reward_options gave it. Raises
     RewardError for an unknown one."""
     bound = function.keywords if isinstance(function, functools.partial) else {}
-    parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in bound]
+    try:
+        parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in bound]
+    except ValueError as error:
+        raise RewardError(f"reward {name!r} is built in and doesn't tell its arguments; wrap it in a def") from error
     needed = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for parameter in needed:
         if parameter not in arguments:

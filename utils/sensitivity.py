@@ -12,7 +12,6 @@ damage is above --threshold, at --keep-bits. In bfloat16 (the default on Metal a
 Memory: the model, one quantised copy, and 4 bytes for each answered token and entry of the vocabulary.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a pla
 
 from mlx_grpo import (MLXGRPOConfig, Problem, Sampling, UserError, cast_floats, compute_dtype, frozen_copy,  # noqa: E402
                       is_quantized, load_model, run_command, sample_completions, shipped_path)
+from mlx_grpo.command_line import Parser  # noqa: E402
+from mlx_grpo.files import check_output_file  # noqa: E402
 from mlx_grpo.help_text import help_of  # noqa: E402
-from mlx_grpo.problems import read_rows  # noqa: E402
+from mlx_grpo.problems import check_messages, read_rows  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 
@@ -41,7 +42,7 @@ def read_prompts(path):
             found = [row[key] for key in ("prompt", "question", "messages") if row.get(key)]
             if len(found) != 1 or not isinstance(found[0], (str, list)):
                 raise UserError(f'{where}: needs one of "prompt", "question" and "messages"')
-            prompts += found
+            prompts += found if isinstance(found[0], str) else [check_messages(found[0], where, "messages")]
     else:
         try:
             prompts = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
@@ -115,7 +116,7 @@ def toml_line(precision):
 # ---- command ---------------------------------------------------------------------------------------------------------
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(**help_of(__doc__))
+    parser = Parser(**help_of(__doc__))
     parser.add_argument("--model", required=True, help="directory or hub id of a model that isn't quantised")
     parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 6, 8), help="rollout_bits (default: 4)")
     parser.add_argument("--group-size", type=int, default=64, choices=(32, 64, 128),
@@ -134,9 +135,10 @@ def parse(arguments=None):
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {vars(options)[name]}")
     if 0 < options.keep_bits <= options.bits:
         raise UserError(f"--keep-bits {options.keep_bits} is no more than --bits {options.bits}; give more, or 0")
-    if options.output and not Path(options.output).absolute().parent.is_dir():
-        raise UserError(f"--output {options.output}: there is no directory {Path(options.output).parent}; "
-                        "create it first")
+    if not options.threshold >= 0:
+        raise UserError(f"--threshold {options.threshold} must be 0 or more, in nats a token")
+    if options.output:
+        check_output_file("--output", options.output)
     return options
 
 

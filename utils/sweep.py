@@ -199,8 +199,8 @@ def run(args):
     space = read_space(args.sweep)
     base, plan, output = planned(args, space)
     directory = Path(args.output or Path(output) / f"sweep-{Path(args.sweep).stem}")
+    sweep = Sweep(directory, space, base, plan)        # before anything is written: another sweep's directory is refused
     if args.dry_run:
-        sweep = Sweep(directory, space, base, plan)
         for one in sweep.plan:
             reason = f" | {one['reason']}" if one["reason"] else ""
             print(f"{one['name']} {one['status']:12} {label(one['values'])}{reason}")

@@ -99,7 +99,7 @@ def parse_values(name, spec, method, path):
 def stepped(name, spec, path):
     """The numbers of { range = [low, high, step] }, both ends included: [4, 16, 4] -> 4, 8, 12, 16."""
     numbers = spec["range"]
-    fits = isinstance(numbers, list) and len(numbers) == 3 and all(type(n) in (int, float) for n in numbers)
+    fits = isinstance(numbers, list) and len(numbers) == 3 and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
     if not fits or set(spec) != {"range"} or numbers[2] <= 0 or numbers[0] > numbers[1]:
         raise ConfigError(f"{path}: {name}: expected {{ range = [low, high, step] }} with a step above 0, got {spec!r}")
     low, high, step = numbers

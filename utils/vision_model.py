@@ -35,7 +35,8 @@ def fetch_vision_model(name, revision=None):
             raise UserError(f"{name} is a directory here, so --revision {revision} has no meaning; leave it away")
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
-        raise UserError(f"{name}: no such directory")
+        raise UserError(f"{name}: " + ("a file; give the directory that holds it" if path.is_file() else
+                                       "no such directory; check the path"))
     from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import DryRunError, HFValidationError, HTTPError
     wanted = {"revision": revision, "allow_patterns": PATTERNS}

@@ -119,13 +119,11 @@ class WatchTrainer(MLXGRPOTrainer):
 
     def accept(self, row, where):
         """The Problem of a row. Raises UserError for one that can't be trained on, or that the gate asks as well."""
-        from jinja2 import TemplateError
-
         problem = make_problem(row, self.args, where)
         try:
             length = len(render_prompt(self.tokenizer, problem, self.args))
-        except TemplateError as error:
-            raise UserError(f"{where}: the chat template refuses the messages: {error}") from error
+        except UserError as error:                            # the chat template's refusal
+            raise UserError(f"{where}: {error}") from error
         if length > self.args.max_prompt_length:
             raise UserError(f"{where}: the prompt has {length} tokens, more than max_prompt_length = "
                             f"{self.args.max_prompt_length}")
