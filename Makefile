@@ -1,5 +1,6 @@
 # make demo: train the shipped tiny model offline.   make test: the fast tests.   make test-all: the slow ones too.
 # make bench: measured against other programs; make bench ONLY=rollouts for a part.
+# make soak: kills, damaged files and full disks by the hundred, with a table; make soak ONLY=killed for a part.
 # make check-metal: does it work on this Mac, and how fast.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ JOBS ?= 2               # test processes; each computes on one thread
 SLOW = parity or seeds or soak or browser or vision
 PIP = $(VENV)/bin/python -m pip install -q -c constraints.txt $(if $(strip $(TORCH_INDEX)),--extra-index-url $(strip $(TORCH_INDEX)))
 
-.PHONY: demo test test-group test-all bench check-metal
+.PHONY: demo test test-group test-all soak bench check-metal
 demo: $(VENV)/.installed
 	$(VENV)/bin/python mlx_grpo.py --config configs/demo.toml
 
@@ -20,6 +21,9 @@ test-group: $(VENV)/.installed-test $(if $(findstring vision,$(GROUP)),$(VENV)/.
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-vision $(VENV)/.installed-lm-eval
 	$(VENV)/bin/python -m pytest -q -n $(strip $(JOBS)) --dist loadfile
+
+soak: $(VENV)/.installed-test    # on the device MLX takes: Metal on a Mac
+	$(VENV)/bin/python -m pytest -q -n $(strip $(JOBS)) -m soak $(if $(ONLY),-k "$(ONLY)")
 
 bench: $(VENV)/.installed-test .venv-bench/.installed    # 25 minutes on a quiet machine: docs/benchmarks.md
 	$(VENV)/bin/python benchmarks/run.py $(if $(ONLY),--only $(ONLY))

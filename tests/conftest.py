@@ -17,3 +17,13 @@ def require(module):
     if os.environ.get("CI"):
         return __import__(module)
     return pytest.importorskip(module)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of faults that tests recorded (record_property "fault": [what, how many, of what kinds])."""
+    reports = [report for group in ("passed", "failed") for report in terminalreporter.stats.get(group, [])]
+    rows = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "fault"]
+    if rows:
+        terminalreporter.section("faults")
+        for what, count, kinds in sorted(rows):
+            terminalreporter.write_line(f"{count:5}  {what}: {kinds}")

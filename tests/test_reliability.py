@@ -1,12 +1,10 @@
-"""Never lose a run: kills, signals, damaged checkpoints, two processes, changed configurations."""
+"""Never lose a run: signals, supervised restarts, damaged checkpoints, two processes, changed configurations."""
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -14,72 +12,19 @@ import mlx.core as mx
 import mlx_grpo
 import numpy as np
 import pytest
-from conftest import ROOT
+from fault_tools import COMMAND, left_by, options, run
 from mlx_grpo import ConfigError, TrainerCallback, UserError, newest_valid, read_metrics, tidy
 from mlx_grpo.run_state import read_state
-from test_trainer import CONFIG, largest_difference, make_trainer, numbers, steps, weights
+from test_trainer import CONFIG, make_trainer, numbers, steps, weights
 
 RUN = replace(CONFIG, log_jsonl=True, max_steps=4, save_steps=1, learning_rate=1e-3)
-COMMAND = [sys.executable, str(ROOT / "mlx_grpo.py"), "--config", str(ROOT / "configs/demo.toml")]
-
-
-def options(output, **changes):
-    values = {"output_dir": output, "run_name": "r", "max_steps": 6, "save_steps": 1, "eval_samples": 8, "eval_steps": 3,
-              "batch_size": 2, "num_generations": 4, "max_train_samples": 64} | changes
-    return sum((["--set", f"{k}={v}"] for k, v in values.items()), [])
-
-
-def run(output, *more, **changes):
-    return subprocess.run([*COMMAND, *options(output, **changes), *more], capture_output=True, text=True, timeout=120)
-
-
-def final_bytes(output, step=6):
-    path = output / "r" / f"checkpoint-{step}"
-    files = {name: (path / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
-    logged = [{k: v for k, v in numbers(m).items()} for m in read_metrics(output / "r")]
-    return files, logged, (output / "r/completions.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     output = tmp_path_factory.mktemp("unbroken")
     assert run(output).returncode == 0
-    return final_bytes(output)
-
-
-def kill_until_done(output, seed, kills, **changes):
-    """Start, kill at random moments (each resumed), then let it finish; returns how many kills hit a living process."""
-    rng, hits = random.Random(seed), 0
-    for _ in range(kills):
-        process = subprocess.Popen([*COMMAND, *options(output, **changes), "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=rng.uniform(0.3, 3.0))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            hits += 1
-        process.wait()
-    done = run(output, "--resume", **changes)
-    assert done.returncode == 0, done.stderr
-    return hits
-
-
-def test_killed_runs_resume_to_the_same_bytes(tmp_path, unbroken):
-    assert kill_until_done(tmp_path, seed=0, kills=4) > 0
-    assert final_bytes(tmp_path) == unbroken
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("changes", [
-    {}, {"num_iterations": 2}, {"quantize_for_rollouts": "true", "update_every": 2}, {"gradient_accumulation_steps": 2},
-    {"fine_tune_type": "lora", "lora_rank": 4}, {"dynamic_sampling": "true"}], ids=str)
-def test_many_kills_resume_to_the_same_bytes(tmp_path, changes):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run(whole, **changes).returncode == 0
-    assert kill_until_done(broken, seed=len(str(changes)), kills=10, **changes) > 0
-    names = ["adapters.safetensors" if "fine_tune_type" in changes else "model.safetensors", "optimizer.safetensors"]
-    for name in names:
-        assert (whole / "r/checkpoint-6" / name).read_bytes() == (broken / "r/checkpoint-6" / name).read_bytes()
-    assert [numbers(m) for m in read_metrics(whole / "r")] == [numbers(m) for m in read_metrics(broken / "r")]
+    return left_by(output / "r")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -94,7 +39,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, unbroken, number, code):
     saved, _ = newest_valid(tmp_path / "r")
     assert saved and 2 <= int(saved.name.removeprefix("checkpoint-")) < 6
     assert run(tmp_path, "--resume", save_steps=0).returncode == 0
-    assert final_bytes(tmp_path)[0] == unbroken[0] and final_bytes(tmp_path)[1] == unbroken[1]
+    assert left_by(tmp_path / "r") == unbroken
 
 
 def test_a_damaged_checkpoint_is_skipped_by_name_and_the_one_before_is_taken(tmp_path, capsys):
@@ -260,6 +205,7 @@ def test_a_background_save_that_fails_is_told_at_the_next_step(tmp_path, monkeyp
     assert trainer.step_count <= 2 and not list(tmp_path.glob("*checkpoint-*"))
 
 
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 KILLER = """
 import os, signal
 from pathlib import Path
@@ -268,35 +214,38 @@ def dies_once(completions, **_):
     with mark.open("a") as file:
         file.write("x")
     if len(mark.read_text()) in {calls}:
-        os.kill(os.getpid(), signal.{signal})
+        {die}
     return [float(len(c) % 5) for c in completions]
 """
 
 
-def supervised(tmp_path, name, calls, **changes):
+def supervised(tmp_path, die, calls, **changes):
     script = tmp_path / "killer.py"
-    script.write_text(KILLER.format(mark=str(tmp_path / "calls"), calls=calls, signal=name))
+    script.write_text(KILLER.format(mark=str(tmp_path / "calls"), calls=calls, die=die))
     return [*COMMAND, *options(tmp_path, rewards=f'["{script}:dies_once"]', eval_samples=0, **changes), "--supervise"]
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "SIGABRT"])
-def test_a_supervised_run_is_started_again_after_a_death(tmp_path, name):
-    done = subprocess.run(supervised(tmp_path, name, (1, 4), max_steps=4, run_name='"s-{n}"'), capture_output=True, text=True, timeout=200)
+@pytest.mark.parametrize("name, die", [("SIGKILL", KILL), ("SIGSEGV", "os.kill(os.getpid(), signal.SIGSEGV)"),
+                                       ("exit code 1", "os._exit(1)")])
+def test_a_supervised_run_is_started_again_after_a_death(tmp_path, name, die):
+    command = supervised(tmp_path, die, (1, 4), max_steps=4, run_name='"s-{n}"')
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count(f"the run died ({name})") == 2 and "again from the beginning" in done.stderr and "from checkpoint-2" in done.stderr
+    assert done.stderr.count(f"the run died ({name})") == 2
+    assert "again from the beginning" in done.stderr and "from checkpoint-2" in done.stderr
     assert [m["step"] for m in read_metrics(tmp_path / "s-1")] == [1, 2, 3, 4]
     assert not (tmp_path / "s-2").exists()
 
 
 def test_a_supervised_run_that_never_gets_further_is_given_up(tmp_path):
-    done = subprocess.run(supervised(tmp_path, "SIGKILL", range(2, 99), max_steps=4), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(supervised(tmp_path, KILL, range(2, 99), max_steps=4), capture_output=True, text=True, timeout=200)
     assert done.returncode == 137 and "5 times in a row without a new checkpoint: giving up" in done.stderr
     assert len((tmp_path / "calls").read_text()) == 6 and newest_valid(tmp_path / "r")[0].name == "checkpoint-1"
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_supervisor_passes_signals_on_and_stops_with_its_run(tmp_path, number, code):
-    process = subprocess.Popen(supervised(tmp_path, "SIGKILL", (), max_steps=500), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(supervised(tmp_path, KILL, (), max_steps=500), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 2/"):
             break

@@ -60,6 +60,16 @@ def sync_directory(path):
 
 
 @contextlib.contextmanager
+def disk_errors(path):
+    """An OSError becomes a UserError that names `path`; around writes of a run that leave its checkpoints as they were."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}; checkpoints are as they were: make room and go on with "
+                        "--resume") from error
+
+
+@contextlib.contextmanager
 def atomic_directory(target, replace=False):
     """Yield a temporary directory beside `target` that becomes `target` when the block ends, whole, and is removed when
     the block raises. Raises UserError where `target` exists and is not an empty directory, unless `replace` is true,

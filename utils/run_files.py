@@ -4,6 +4,7 @@ The files of a run: checkpoints, metrics.jsonl, completions.jsonl. Part of mlx_g
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_grpo import UserError, cast_floats, extract_answer, finite_or_none, lora_parameters, same_answer
+from mlx_grpo.files import disk_errors
 
 
 # Beside the weights, where there is such a thing to continue with (mlx-lm reads model*.safetensors only): model_old that is
@@ -74,12 +76,13 @@ def write_checkpoint(work, learner, tokenizer, state, files):
 
 def save_arrays(file, arrays):
     """A safetensors file; sorted by name, so that equal arrays give equal bytes. Raises OSError."""
-    file = Path(file)
+    file, size = Path(file), sum(a.nbytes for a in arrays.values())
     try:
         mx.save_safetensors(str(file), dict(sorted(arrays.items())), metadata={"format": "mlx"})
     except RuntimeError as error:
-        raise OSError(f"{file.name}: {error}") from error
-    if file.stat().st_size < sum(a.nbytes for a in arrays.values()):      # a full disk may cut a file without an error
+        full = shutil.disk_usage(file.parent).free < size
+        raise OSError("No space left on device" if full else f"{file.name}: {error}") from error
+    if file.stat().st_size < size:                            # a full disk may cut a file without an error
         raise OSError(f"{file.name} was cut short; the disk is full")
 
 
@@ -143,13 +146,10 @@ class RunLog:
     def append(self, name, rows):
         if not self.run_dir:
             return
-        try:
+        with disk_errors(self.run_dir / name):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             with open(self.run_dir / name, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        except OSError as error:
-            raise UserError(f"can't write {self.run_dir / name}: {error.strerror}; checkpoints are as they were: make room and "
-                            "go on with --resume") from error
 
     def metrics(self, metrics):
         self.append("metrics.jsonl", [metrics])
@@ -182,8 +182,9 @@ class RunLog:
                 lines = file.read_text(encoding="utf-8").split("\n")[:-1]       # what follows the last line break is half a line
                 kept = [line for line in lines if json.loads(line)["step"] <= step]
                 temporary = file.with_suffix(".tmp")
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-                os.replace(temporary, file)
+                with disk_errors(file):
+                    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                    os.replace(temporary, file)
 
     def line(self, m, total):
         """One line for people, the same fields in the same order."""

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from mlx_grpo import ConfigError, UserError
+from mlx_grpo.files import disk_errors
 from mlx_grpo.manifest import check_manifest
 
 # Options that may change between a checkpoint and its resume: how long, how often, how much is written.
@@ -121,9 +122,10 @@ def newest_valid(run_dir):
 def point_to(run_dir, name, checkpoint):
     """The link `name` in the run directory leads to the checkpoint; replaced in one step."""
     work = Path(run_dir) / f".{name}.tmp"
-    work.unlink(missing_ok=True)
-    work.symlink_to(Path(checkpoint).name)
-    os.replace(work, Path(run_dir) / name)
+    with disk_errors(Path(run_dir) / name):
+        work.unlink(missing_ok=True)
+        work.symlink_to(Path(checkpoint).name)
+        os.replace(work, Path(run_dir) / name)
 
 
 def set_aside(checkpoint):
@@ -141,12 +143,13 @@ def tidy(run_dir):
     back. For the process that holds the run directory."""
     for path in sorted(Path(run_dir).glob(".checkpoint-*")):
         name, kind = re.fullmatch(r"\.(checkpoint-[a-z0-9]+)(?:\.\w+)*?\.(tmp|old|removed)", path.name).groups()
-        if kind == "old" and not path.with_name(name).exists():
-            os.rename(path, path.with_name(name))
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        with disk_errors(path):
+            if kind == "old" and not path.with_name(name).exists():
+                os.rename(path, path.with_name(name))
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def prune(run_dir, keep):
@@ -156,8 +159,9 @@ def prune(run_dir, keep):
     for path in whole[:-keep]:
         if path.resolve() not in linked:
             doomed = path.with_name(f".{path.name}.removed")      # gone under its own name in one step
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            with disk_errors(path):
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
 
 
 def check_same_run(before, now, path):

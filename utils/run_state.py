@@ -113,7 +113,8 @@ class RunState:
             if watched:
                 faulthandler.disable()
             crash.close()
-            self.path.with_name(CRASH).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):            # a directory that has vanished or turned read-only; it says nothing
+                self.path.with_name(CRASH).unlink()
             if self.record["ended"] is None:
                 self.end(how)
             os.close(self.file)

@@ -1,7 +1,8 @@
 """
 `--supervise`: runs the training command as a process of its own, and starts it again with --resume after a death by
-SIGKILL, SIGSEGV, SIGABRT or SIGBUS, or an allocation that failed. Out of memory ends a process in one of these ways, and
-the next start then takes smaller parts (out_of_memory.py).
+SIGKILL, SIGSEGV, SIGABRT or SIGBUS, an allocation that failed, or an exit in the midst of a phase (OpenBLAS, when it gets
+no memory). Out of memory ends a process in one of these ways, and the next start then takes smaller parts
+(out_of_memory.py).
 """
 
 import json
@@ -28,15 +29,15 @@ def supervise(args, config):
     argv = [args.command, *(["--config", args.config] if args.config else []), *sum((["--set", s] for s in sets), [])]
     resume, fruitless, before = args.resume, 0, None
     while True:
-        code, told = run_once([sys.executable, mlx_grpo.__file__, *argv, *(["--resume", resume] if resume else [])])
+        code, told, pid = run_once([sys.executable, mlx_grpo.__file__, *argv, *(["--resume", resume] if resume else [])])
         record = read_state(run_dir)
-        dead = -code in DEATHS or (code == 2 and died(record))
+        dead = -code in DEATHS or (code > 0 and died(record) and record["pid"] == pid)
         if not dead or told:
             return 128 - code if code < 0 else code
         saved = newest_valid(run_dir)[0]
         now = saved, after_death(run_dir, config, say=False)[1].get("limits")
         fruitless, before = 1 if now != before else fruitless + 1, now
-        name = signal.Signals(-code).name if code < 0 else "out of memory"
+        name = signal.Signals(-code).name if code < 0 else "out of memory" if record["ended"] else f"exit code {code}"
         if fruitless == FRUITLESS:
             print(f"the run died ({name}) {FRUITLESS} times in a row without a new checkpoint: giving up; what it was doing is in "
                   f"{run_dir / 'run_state.json'}", file=sys.stderr)
@@ -46,7 +47,7 @@ def supervise(args, config):
 
 
 def run_once(command):
-    """(return code, whether it was told to stop) of the command. It has a process group of its own, so that Ctrl-C on
+    """(return code, whether it was told to stop, process id) of the command. It has a process group of its own, so that Ctrl-C on
     the terminal reaches it once, through here."""
     process, told = subprocess.Popen(command, process_group=0), []
 
@@ -56,7 +57,7 @@ def run_once(command):
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return process.wait(), bool(told)
+        return process.wait(), bool(told), process.pid
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
