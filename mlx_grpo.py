@@ -254,6 +254,7 @@ class MLXGRPOConfig:
     log_token_details: int = opt(4, "completions a step whose tokens and log-probs are logged, for the report", low=0)
     callbacks: list[str] = opt([], '"my_hooks.py:EarlyStop": your own code at the events of a run (docs/hooks.md)')
     live: bool = opt(True, "on a terminal, a view below the lines that is drawn anew: curves, time left, the last sample")
+    report_to: str = opt("", "trackers that get the log too, with commas: wandb, trackio, tensorboard (docs/trackers.md)")
     health: dict = opt({}, "thresholds of the warnings in docs/health.md, false = off: { entropy = 0.05, swap = false }")
     save_total_limit: int = opt(0, "whole checkpoints to keep, beside the last and the best; 0 = all", low=0)
     save_best: str = opt("", 'metric whose best value so far saves a checkpoint, "eval/exact_match" for instance; empty = none')
@@ -1688,7 +1689,7 @@ def clip_metrics(ratio, A, mask, clip_eps, clip_eps_high, M):
 
 # ---- trainer ---------------------------------------------------------------------------------------------------------
 
-from mlx_grpo.hooks import TrainerCallback, all_callbacks, closes_callbacks, find_callbacks, restore, states  # noqa: E402, F401
+from mlx_grpo.hooks import TrainerCallback, all_callbacks, closes_callbacks, configured_callbacks, restore, states  # noqa: E402
 from mlx_grpo.step_metrics import (  # noqa: E402
     completion_metrics, finish_metrics, finite_or_none, gap_metrics, merge_metrics, score_metrics)
 from mlx_grpo.learner import Learner, checkpointed_blocks, clip_gradients, lora_parameters, prepare_trainable  # noqa: E402
@@ -2390,7 +2391,7 @@ def train_command(args):
 
         return supervise(args, config)
     rewards = find_rewards(config.rewards, config.reward_options)    # a typo is told before the model is loaded
-    callbacks = find_callbacks(config.callbacks)
+    callbacks = configured_callbacks(config)
     if config.watch and args.command == "sft":
         raise ConfigError("sft trains on the demonstrations of a data set; leave watch to `train`")
     run_dir, checkpoint, config = find_run_dir(config, args.resume)

@@ -331,6 +331,7 @@ TABLE = {
     "logging_steps": (printed, 2, {"max_steps": 3}), "log_jsonl": (of_run(lambda run: run.files), False, {}),
     "callbacks": (step_count, ["stops.py:Stops"], {"max_steps": 3}),
     "log_token_details": (of_run(lambda run: sum("token_texts" in r for r in run.completions)), 1, {}),
+    "report_to": (of_run(lambda run: (run.trainer.run_dir / "tensorboard").exists()), "tensorboard", {}),
     "live": (of_run(lambda run: [type(c).__name__ for c in run.trainer.callbacks]), False, {}),
     "health": (logged("health/truncated"), {"truncated": False}, {"max_new_tokens": 1}),
     "save_steps": (of_run(lambda run: run.files), 1, {"max_steps": 2}),

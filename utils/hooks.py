@@ -63,14 +63,24 @@ def find_callbacks(specs):
     return found
 
 
+def configured_callbacks(config):
+    """The callbacks that a configuration names, and a look whether its trackers are there too, before anything is loaded.
+    Raises ConfigError."""
+    from mlx_grpo.trackers import find_trackers
+
+    find_trackers(config.report_to)
+    return find_callbacks(config.callbacks)
+
+
 def all_callbacks(config, given=None):
     """A run's callbacks in their order: the health monitor, whose warnings the others see, then those `given`, or, where
     that is None, the configuration's, then what shows and sends on all that these have found. Raises ConfigError."""
     from mlx_grpo.health import HealthMonitor
     from mlx_grpo.live import LiveView
+    from mlx_grpo.trackers import find_trackers
 
     own = find_callbacks(config.callbacks if given is None else given)
-    return [HealthMonitor(config.health), *own, *[LiveView()] * config.live]
+    return [HealthMonitor(config.health), *own, *find_trackers(config.report_to), *[LiveView()] * config.live]
 
 
 def closes_callbacks(train):

@@ -21,8 +21,8 @@ FREE_TO_CHANGE = {
     "num_epochs", "max_steps", "logging_steps", "log_jsonl", "log_token_details", "save_steps", "save_total_limit",
     "save_best", "eval_steps", "eval_samples", "eval_every_updates", "eval_subset_size", "eval_max_new_tokens",
     "eval_temperature", "watch_idle", "watch_target", "output_dir", "run_name", "max_reward_errors", "max_bad_steps",
-    "rollout_batch_size", "use_compile", "callbacks", "health", "live", "save_in_background", "max_tokens_per_microbatch",
-    "reward_workers"}
+    "rollout_batch_size", "use_compile", "callbacks", "health", "live", "report_to", "save_in_background",
+    "max_tokens_per_microbatch", "reward_workers"}
 
 
 @contextlib.contextmanager

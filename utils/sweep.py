@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import mlx_grpo
-from mlx_grpo import ConfigError, UserError, add_config_arguments, find_callbacks, find_rewards, load_config
+from mlx_grpo import ConfigError, UserError, add_config_arguments, configured_callbacks, find_rewards, load_config
 from mlx_grpo.report import write_file
 from mlx_grpo.run_guard import run_lock
 from mlx_grpo.sweep_results import label, write_results
@@ -60,7 +60,7 @@ def planned(args, space):
     if first is None:
         raise ConfigError(plan[0][1])
     config, sources = first
-    find_rewards(config.rewards, config.reward_options), find_callbacks(config.callbacks)      # a typo is told once
+    find_rewards(config.rewards, config.reward_options), configured_callbacks(config)      # a typo is told once
     base = {name: vars(config)[name] for name, source in sources.items()
             if source != "default" and not source.startswith("recipe") and name not in (*space.values, *NOT_SWEPT)}
     return base, plan, config.output_dir
