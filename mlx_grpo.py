@@ -1425,49 +1425,50 @@ def restrict(z, kept):
 HEAD_CHUNK = 2**25      # logits that are held at once, in tokens times vocabulary: 128 MB in float32
 
 
-def completion_logprobs(split, batch, temperature, repetition_penalty=1.0, entropy_gradient=False, shared=False):
+def completion_logprobs(split, batch, temperature, repetition_penalty=1.0, entropy_gradient=False, shared=False, pieces=None):
     """Log-probs of the completion tokens and entropies, under the distribution that they were sampled from: at the
     sampling temperature, with the repetition penalty, renormalised over the kept sets; from one forward pass.
 
     Only completion positions are projected onto the vocabulary, in chunks of at most HEAD_CHUNK logits, which the
     backward pass computes again: memory is chunk x V, not B x T x V. split: a SplitModel. shared: each prompt is computed
-    once. Returns (logprobs, entropy), both (B, T) float32, nats; entropy carries a gradient only if asked. Where mask is 0
-    both are those of a wrong token: mask them."""
+    once. pieces: a list that takes the arrays of each chunk, to be evaluated in their order (evaluate_pieces). Returns
+    (logprobs, entropy), both (B, T) float32, nats; entropy carries a gradient only if asked. Where mask is 0 both are those
+    of a wrong token: mask them."""
     B, T = batch.completion_ids.shape
     hidden = split.completion_hidden(batch.prompts, batch.prompt_lengths, batch.prompt_of, batch.completion_ids, shared)
     position = batch.prompt_lengths[batch.prompt_of][:, None] + mx.arange(T)                # of completion token t
     flat = lambda x: x.reshape(B * T, *x.shape[2:])
     rows = mx.broadcast_to(mx.arange(B)[:, None], (B, T))
     hidden, *arrays = [flat(x) for x in (hidden, batch.completion_ids, batch.mask, batch.kept, position, rows)]
-    chunk = max(1, HEAD_CHUNK // split.vocab_size) if split.name else B * T
 
-    def project(start):
-        ids, mask, kept, position, rows = (x[start:start + chunk] for x in arrays)
+    def logits(some, weights, hidden):
+        """(of the taken tokens (n,), of all that could be drawn (n, V), or (n, K)), divided by the temperature, for the
+        slice `some` of all positions."""
+        ids, mask, kept, position, rows = (x[some] for x in arrays)
+        split.model.update(weights)
+        z = split.head(hidden[None])[0].astype(mx.float32)
+        if batch.first_seen.shape[-1]:
+            z = penalised(z, batch.first_seen[rows] < position[:, None], repetition_penalty)
+        z = z / temperature if temperature != 1 else z
+        taken = mx.take_along_axis(z, ids[:, None], axis=-1)[:, 0]
+        if kept.shape[-1]:
+            z = mx.where(mask[:, None] > 0, restrict(z, kept), 0)                           # padding has no kept set
+        return taken, z
 
-        def logits(weights, hidden):
-            """(of the taken tokens (n,), of all that could be drawn (n, V), or (n, K)), divided by the temperature."""
-            split.model.update(weights)
-            z = split.head(hidden[None])[0].astype(mx.float32)
-            if batch.first_seen.shape[-1]:
-                z = penalised(z, batch.first_seen[rows] < position[:, None], repetition_penalty)
-            z = z / temperature if temperature != 1 else z
-            taken = mx.take_along_axis(z, ids[:, None], axis=-1)[:, 0]
-            if kept.shape[-1]:
-                z = mx.where(mask[:, None] > 0, restrict(z, kept), 0)                       # padding has no kept set
-            return taken, z
-
-        return token_logprobs(logits, entropy_gradient, hold=chunk >= B * T)(split.head_weights(), hidden[start:start + chunk])
-
-    parts = [project(start) for start in range(0, B * T, chunk)]
-    return tuple(mx.concatenate([part[i] for part in parts]).reshape(B, T) for i in (0, 1))
+    size = max(1, HEAD_CHUNK // split.vocab_size) if split.name else B * T
+    chunks = [slice(start, min(start + size, B * T)) for start in range(0, B * T, size)]
+    head = token_logprobs(logits, chunks, entropy_gradient, [] if pieces is None else pieces)
+    return tuple(x.reshape(B, T) for x in head(split.head_weights(), hidden)[:2])
 
 
-def token_logprobs(logits, entropy_gradient, hold):
-    """A function of (head weights, hidden (n, C)) -> (log-probs (n,), entropies (n,), ...) for logits(weights, hidden) ->
-    (taken (n,), z (n, V)), with a gradient of its own: one exponential a logit forward and none backward where the
-    probabilities are held, else logits and one exponential again.
+def token_logprobs(logits, chunks, entropy_gradient, pieces):
+    """A function of (head weights, hidden (N, C)) -> (log-probs (N,), entropies (N,), ...) for logits(slice, weights,
+    hidden (n, C)) -> (taken (n,), z (n, V)), with a gradient of its own: one exponential a logit forward and none backward
+    where a single chunk holds all positions, else logits and one exponential again.
 
     d logprob / dz = onehot - p;  d entropy / dz = -p (log p + entropy)."""
+    hold = len(chunks) == 1
+
     def softmax(z):
         best = z.max(axis=-1, keepdims=True)
         p = backend.exp(z - best)
@@ -1476,25 +1477,49 @@ def token_logprobs(logits, entropy_gradient, hold):
 
     @mx.custom_function
     def forward(weights, hidden):
-        taken, z = logits(weights, hidden)
-        p, normaliser = softmax(z)
-        entropy = normaliser[:, 0] - (p * mx.maximum(z, -1e30)).sum(axis=-1)                # 0 * -inf is not a number
-        return (taken - normaliser[:, 0], entropy, p, z) if hold else (taken - normaliser[:, 0], entropy)
+        found = []
+        for some in chunks:
+            taken, z = logits(some, weights, hidden[some])
+            p, normaliser = softmax(z)
+            entropy = normaliser[:, 0] - (p * mx.maximum(z, -1e30)).sum(axis=-1)            # 0 * -inf is not a number
+            found.append((taken - normaliser[:, 0], entropy, p, z)[:4 if hold else 2])
+            pieces.append(found[-1][:2])
+        return tuple(mx.concatenate(parts) for parts in zip(*found))
 
     @forward.vjp
     def backward(primals, cotangents, outputs):
-        p, z = outputs[2:] if hold else (None, logits(*primals)[1])
-        if entropy_gradient or not hold:
-            p, normaliser = softmax(z)
-        slope = -cotangents[0][:, None]
-        if entropy_gradient:
-            slope = slope - cotangents[1][:, None] * (mx.maximum(z, -1e30) - normaliser + outputs[1][:, None])
-        flat = tree_flatten(primals[0])
-        of_flat = lambda hidden, *arrays: logits(tree_unflatten([(k, a) for (k, _), a in zip(flat, arrays)]), hidden)
-        found = mx.vjp(of_flat, [primals[1], *(a for _, a in flat)], [cotangents[0], p * slope])[1]
-        return tree_unflatten([(k, a) for (k, _), a in zip(flat, found[1:])]), found[0]
+        (weights, hidden), sums, slopes = primals, None, []
+        flat = tree_flatten(weights)
+        for some in chunks:
+            p, z = outputs[2:] if hold else (None, logits(some, weights, hidden[some])[1])
+            if entropy_gradient or not hold:
+                p, normaliser = softmax(z)
+            slope = -cotangents[0][some, None]
+            if entropy_gradient:
+                slope = slope - cotangents[1][some, None] * (mx.maximum(z, -1e30) - normaliser + outputs[1][some, None])
+            of_flat = lambda hidden, *arrays: logits(some, tree_unflatten([(k, a) for (k, _), a in zip(flat, arrays)]), hidden)
+            of_hidden, *of_weights = mx.vjp(of_flat, [hidden[some], *(a for _, a in flat)], [cotangents[0][some], p * slope])[1]
+            slopes.append(of_hidden)
+            sums = of_weights if sums is None else [a + b for a, b in zip(sums, of_weights)]
+            pieces.append((of_hidden, *sums))
+        return tree_unflatten([(k, a) for (k, _), a in zip(flat, sums)]), mx.concatenate(slopes)
 
     return forward
+
+
+def add_to(total, part):
+    """total + part, trees of arrays, in the memory of total."""
+    for (_, a), (_, b) in zip(tree_flatten(total), tree_flatten(part)):
+        a += b
+    mx.eval(total)
+    return total
+
+
+def evaluate_pieces(pieces):
+    """Evaluates the arrays of one chunk after another and empties the list. MLX allocates what is queued, about a hundred
+    operations ahead of what is computed: at once, the logits of many chunks would be held."""
+    while pieces:
+        mx.eval(pieces.pop(0))
 
 
 def importance_weights(old_logprobs, sampler_logprobs, mask, mode, clip_min, clip_max):
@@ -1949,10 +1974,11 @@ class MLXGRPOTrainer:
     def score(self, split, batch):
         """(log-probs, entropies) of a Batch by another model, or by this one as it is now, without gradient: (B, T), 0 under
         the mask."""
-        found = np.zeros((2, *batch.mask.shape), dtype=np.float32)
+        found, pieces = np.zeros((2, *batch.mask.shape), dtype=np.float32), []
         for rows, part, shared in self.passes(batch):
             scored = completion_logprobs(split, part, self.sampling.temperature, self.sampling.repetition_penalty,
-                                         shared=shared and split.shares_prompts)
+                                         shared=shared and split.shares_prompts, pieces=pieces)
+            evaluate_pieces(pieces)
             width = min(part.mask.shape[1], found.shape[2])
             found[:, rows, :width] = np.stack([np.array(x)[:len(rows), :width] for x in scored])
         return tuple(mx.where(batch.mask > 0, mx.array(x), 0) for x in found)
@@ -1966,14 +1992,14 @@ class MLXGRPOTrainer:
         return mx.where(batch.mask > 0, gap, 0) + self.args.distill_task_coeff * advantages
 
     def compute_grpo_loss(self, batch, num_rows=None, num_tokens=None, entropy_threshold=None, num_entropy_tokens=None,
-                          entropy_coef=None, shared=False):
+                          entropy_coef=None, shared=False, pieces=None):
         """(loss, metrics) of a Batch under the current model; the other arguments are those of the whole step (grpo_loss),
-        and whether prompts are shared."""
+        and those of completion_logprobs."""
         args = self.args
         bonus = bool(args.entropy_coef or args.entropy_adaptive)
         with self.dropout_mask():
             logprobs, entropy = completion_logprobs(self.split, batch, self.sampling.temperature,
-                                                    self.sampling.repetition_penalty, bonus, shared)
+                                                    self.sampling.repetition_penalty, bonus, shared, pieces)
         num_tokens = batch.mask.sum() if num_tokens is None else num_tokens
         corrected = old_logprobs_kind(args) == "proximal" and args.sampler_correction != "none"
         loss, metrics = grpo_loss(
@@ -2007,8 +2033,7 @@ class MLXGRPOTrainer:
             value, metrics, part = self.gradients(batch, *totals, shared=shared)
             loss += value
             parts.append(metrics)
-            gradients = part if gradients is None else tree_map(mx.add, gradients, part)
-            mx.eval(gradients)                # the sum, or the graphs of all passes would be held at once
+            gradients = part if gradients is None else add_to(gradients, part)
         metrics = finish_metrics(merge_metrics(parts), share)
         self.check_health(loss, metrics)
         norm = self.learner.update(self.hooked(gradients), learning_rate)
@@ -2334,8 +2359,8 @@ class SFTTrainer(MLXGRPOTrainer):
         super().__init__(model, tokenizer, args.rewards, args, train_dataset, eval_dataset, **options)
         self.gradients = self.learner.gradients_of(self.compute_sft_loss, self.compiled)
 
-    def compute_sft_loss(self, batch, num_tokens, shared=False):
-        logprobs, _ = completion_logprobs(self.split, batch, 1.0, shared=shared)
+    def compute_sft_loss(self, batch, num_tokens, shared=False, pieces=None):
+        logprobs, _ = completion_logprobs(self.split, batch, 1.0, shared=shared, pieces=pieces)
         return sft_loss(logprobs, batch.mask, num_tokens), {}
 
     def step(self, problems=None):
@@ -2347,8 +2372,7 @@ class SFTTrainer(MLXGRPOTrainer):
         for batch, shared in ((part, shared) for batch in batches for _, part, shared in self.passes(batch)):
             value, _, part = self.gradients(batch, num_tokens, shared=shared)
             loss += value
-            gradients = part if gradients is None else tree_map(mx.add, gradients, part)
-            mx.eval(gradients)
+            gradients = part if gradients is None else add_to(gradients, part)
         learning_rate = learning_rate_at(step, self.total_steps, self.args)
         norm = self.learner.update(self.hooked(gradients), learning_rate)
         self.step_count, self.num_tokens = step, self.num_tokens + sum(b.mask.size for b in batches)

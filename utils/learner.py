@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_grpo import Batch, ConfigError, NotFinite, UserError, cast_floats, count_parameters, is_quantized, nearest
+from mlx_grpo import (
+    Batch, ConfigError, NotFinite, UserError, cast_floats, count_parameters, evaluate_pieces, is_quantized, nearest)
 from mlx_grpo.split_model import GroupKeys, PromptKeys
 
 
@@ -115,12 +116,14 @@ class Learner:
 
     def gradients_of(self, loss, compiled=False):
         """A function of (batch, *totals, shared) -> (value, metrics, float32 gradients with respect to the trained weights),
-        for loss(batch, *totals, shared=) -> (value, metrics). totals are scalar arrays; compiled: by mx.compile, once per
-        shape."""
+        for loss(batch, *totals, shared=, pieces=) -> (value, metrics). totals are scalar arrays; compiled: by mx.compile,
+        once per shape, and then the pieces can't be evaluated one by one."""
+        pieces = None if compiled else []
+
         def of_weights(shared):
             def value(weights, arrays, *totals):
                 self.model.update(weights)
-                return loss(Batch(**arrays), *totals, shared=shared)
+                return loss(Batch(**arrays), *totals, shared=shared, pieces=pieces)
             return mx.compile(mx.value_and_grad(value)) if compiled else mx.value_and_grad(value)
 
         value_and_grad = {shared: of_weights(shared) for shared in (False, True)}
@@ -131,6 +134,7 @@ class Learner:
                 (value, metrics), found = value_and_grad[shared](weights, vars(batch), *totals)
             self.model.update(weights)                       # the traced ones would hold on to the whole graph
             found = cast_floats(found, mx.float32)
+            evaluate_pieces(pieces or [])
             mx.eval(value, metrics, found)                   # one pass's activations are freed before the next
             return value.item(), {k: v.item() for k, v in metrics.items()}, found
 
