@@ -109,7 +109,8 @@ class MLXGRPOConfig:
     output_dir: str = opt("outputs", "directory of runs")
     run_name: str = opt("run", "the run's directory below output_dir; {n} becomes the next free number")
     # data
-    dataset: str = opt("openai/gsm8k", "hub id, local .jsonl/.csv/.parquet file, or synthetic:<task>")
+    dataset: str = opt("openai/gsm8k", "hub id, local .jsonl/.csv/.parquet file, synthetic:<task> or reasoning_gym:<task>")
+    datasets: list[dict] = opt([], 'several instead, with options of their own: [{ dataset = "a.jsonl", weight = 2.0 }, ...]')
     dataset_config: str = opt("main", "configuration of a hub data set; empty = its default")
     dataset_split: str = opt("train", "split of a hub data set to train on")
     eval_split: str = opt("test", "split of a hub data set to evaluate on; empty = hold out eval_fraction instead")
@@ -117,13 +118,17 @@ class MLXGRPOConfig:
     prompt_column: str = opt("question", "column of the prompt: text, or a list of chat messages")
     answer_column: str = opt("answer", 'column of the gold answer (after "#### " where that marker occurs)')
     solution_column: str = opt("", "column of the demonstration for sft; empty = the answer column's worked solution")
-    dataset_options: dict = opt({}, "options of a synthetic task, as a TOML table")
+    dataset_options: dict = opt({}, "options of a synthetic or reasoning_gym task, as a TOML table")
+    curriculum: dict = opt({}, 'raise an option of such a task as reward rises: { option = "digits", levels = [1, 2, 3], '
+                           'raise_at = 0.8, window = 20 }')
     prompt_format: str = opt("chat", "a text prompt becomes a chat message, or stays text without a chat template",
                              choices=("chat", "text"))
     system_prompt: str = opt(R1_SYSTEM_PROMPT, "system message before the prompt; empty = none")
     chat_template_kwargs: dict = opt({}, "passed to the chat template, {enable_thinking = false} for instance")
     shuffle: bool = opt(True, "visit the prompts in a seeded random order, a new one each epoch")
-    max_train_samples: int = opt(0, "use at most this many training rows; 0 = all (2000 of a synthetic task)", low=0)
+    max_train_samples: int = opt(0, "use at most this many training rows; 0 = all (2000 of a task that is made)", low=0)
+    few_shot: int | str = opt(0, "examples before each prompt: so many training rows, or all rows of a file", low=0)
+    augment: list[str] = opt([], 'change rows as they are drawn: ["my_aug.py:function"], function(row, rng) -> row')
     max_prompt_length: int = opt(512, "tokens; longer prompts are dropped and counted", low=1)
     watch: str = opt("", "JSONL file whose rows are trained on as they are appended; dataset is then evaluated on only")
     watch_idle: float = opt(0.0, "seconds of waiting without a new row after which such a run ends; 0 = never", low=0)
@@ -304,9 +309,9 @@ class MLXGRPOConfig:
             raise ConfigError("reward_weights are all 0, so every advantage would be 0; weigh at least one reward")
         if -1 < self.clip_eps_high < 0:
             raise ConfigError(f"clip_eps_high is {self.clip_eps_high}; use -1 for the same as clip_eps, or at least 0")
-        if self.dataset_options and not self.dataset.startswith("synthetic:"):
-            raise ConfigError(f"dataset_options are for synthetic tasks, and dataset is {self.dataset!r}; remove them, or "
-                              "use dataset = \"synthetic:chain\"")
+        from mlx_grpo.sources import check_data
+
+        check_data(self)
 
     @property
     def bits_ladder(self):
@@ -475,6 +480,7 @@ def option_default(name):
 KINDS = {  # annotation -> (types, in words)
     "str": (str, "a text"), "int": (int, "a whole number"), "float": (float, "a number"), "bool": (bool, "true or false"),
     "list[str]": (list, 'a list of texts, ["a", "b"]'), "list[float]": (list, "a list of numbers, [1.0, 0.5]"),
+    "list[dict]": (list, "a list of tables, [{ name = value }]"), "int | str": ((int, str), "a whole number or a text"),
     "int | list[int]": ((int, list), "a whole number or a list of them"),
     "dict": (dict, "a table, { name = value }"), "bool | str": ((bool, str), "true, false or a text"),
 }
@@ -512,7 +518,7 @@ def check_option(name, value, source):
             raise ConfigError(f"{source}: {name} must be below 2^31, got {v}")
         for bound, bad, words in (("low", lambda b: v < b, "at least"), ("high", lambda b: v > b, "at most"),
                                   ("above", lambda b: v <= b, "above")):
-            if rule[bound] is not None and bad(rule[bound]):
+            if rule[bound] is not None and not isinstance(v, str) and bad(rule[bound]):
                 raise ConfigError(f"{source}: {name} must be {words} {rule[bound]}, got {v}")
     return value
 
@@ -743,12 +749,16 @@ from mlx_grpo.model_loading import (  # noqa: E402
 @dataclass(frozen=True)
 class Problem:
     """One row of a data set. prompt: text, or chat messages. answer: gold answer, or None. solution: demonstration for
-    sft, or None. columns: every column of the row, `answer` replaced by the gold answer; rewards get them by name."""
+    sft, or None. columns: every column of the row, `answer` replaced by the gold answer; rewards get them by name.
+    source, level: of `datasets` and `curriculum`. examples: (question, answer) pairs shown in the prompt (few_shot)."""
 
     prompt: str | list
     answer: str | None
     columns: dict
     solution: str | None = None
+    source: str = ""
+    level: int = 0
+    examples: tuple = ()
 
 
 def extract_hash_answer(text: str) -> str | None:
@@ -763,7 +773,8 @@ def extract_xml_answer(text: str) -> str | None:
 
 
 from mlx_grpo.chat_template import rendered  # noqa: E402
-from mlx_grpo.problems import hub_rows, load_problems, make_problem, read_rows, worked_solution  # noqa: E402
+from mlx_grpo.problems import (  # noqa: E402
+    as_problems, hub_rows, is_right, load_problems, make_problem, read_rows, worked_solution)
 
 
 def render_prompt(tokenizer, problem, config):
@@ -858,6 +869,7 @@ def xmlcount_reward_func(completions, **_):
 from mlx_grpo.more_rewards import MORE_REWARDS, Maker, bind_options  # noqa: E402
 from mlx_grpo.reward_workers import RewardWorkers  # noqa: E402
 from mlx_grpo.scorer import RewardError, Scorer  # noqa: E402
+from mlx_grpo.gym_tasks import reasoning_gym_reward_func  # noqa: E402
 
 REWARDS = {
     "correctness": correctness_reward_func,
@@ -866,6 +878,7 @@ REWARDS = {
     "soft_format": soft_format_reward_func,
     "xmlcount": xmlcount_reward_func,
     **MORE_REWARDS,         # these have options: utils/more_rewards.py
+    "reasoning_gym": reasoning_gym_reward_func,
 }
 
 
@@ -1737,18 +1750,7 @@ def count_steps(config, num_problems):
     return config.max_steps or max(1, num_problems * config.num_epochs * config.num_iterations // config.prompts_per_step)
 
 
-def prompt_order(start, count, total, seed, shuffle):
-    """`count` problem indices from place `start` of an endless stream of epochs, each a permutation of its own."""
-    epochs = {}
-    def at(position):
-        epoch, place = divmod(position, total)
-        if epoch not in epochs:
-            order = list(range(total))
-            if shuffle:
-                random.Random(f"order {seed} {epoch}").shuffle(order)
-            epochs[epoch] = order
-        return epochs[epoch][place]
-    return [at(start + i) for i in range(count)]
+from mlx_grpo.prompt_stream import PromptStream, prompt_order  # noqa: E402
 
 
 class MLXGRPOTrainer:
@@ -1769,7 +1771,9 @@ class MLXGRPOTrainer:
         self.scorer = Scorer(find_rewards(reward_funcs, args.reward_options), args.reward_weights, args.on_reward_error,
                              args.max_reward_errors)
         self.train_dataset = fitting_problems(as_problems(train_dataset, args), tokenizer, args)
-        self.eval_dataset = fitting_problems(as_problems(eval_dataset or [], args), tokenizer, args)
+        self.eval_dataset = fitting_problems(as_problems(eval_dataset or [], args, self.train_dataset), tokenizer, args)
+        fits = lambda problem: len(render_prompt(tokenizer, problem, args)) <= args.max_prompt_length
+        self.stream, self.curriculum = PromptStream(self.train_dataset, args, fits), {}
         self.rollout_func = rollout_func
         self.run_dir = Path(run_dir or Path(args.output_dir) / args.run_name)
         self.dtype = compute_dtype(args)
@@ -1826,6 +1830,8 @@ class MLXGRPOTrainer:
         self.window.pop(0)
         self.step_count += 1
         if pending:
+            self.curriculum, raised = self.stream.advanced(self.curriculum)
+            self.log.lines(self.step_count, raised)
             self.log.completions(self.step_count, *pending, self.token_details(pending[0]))
             self.notify("on_rollouts", pending[0], *pending[3:5])
         if self.step_count % self.update_every == 0:                                           # 5. model_old <- model
@@ -1873,6 +1879,7 @@ class MLXGRPOTrainer:
         self.num_tokens += sum(len(r.prompt_ids) + len(ids) for r in rollouts for ids in r.completion_ids)
         names = list(self.scorer.functions)
         self.window_metrics = {**reward_metrics, **score_metrics(scores, rewards.reshape(shape), names),
+                               **self.stream.metrics(rollouts, rewards, self.curriculum),
                                **completion_metrics(rollouts), "rollout_s": rollout_s}
         return rollouts, scores, names, rewards, advantages, extras
 
@@ -1886,7 +1893,7 @@ class MLXGRPOTrainer:
         all equal are replaced by further prompts, up to max_gen_batches rounds (DAPO, arXiv 2503.14476)."""
         args = self.args
         wanted = args.prompts_per_step * args.minibatches if problems is None else len(problems)
-        kept, rounds, dropped, sampled = [], 0, 0, 0
+        kept, rounds, dropped, sampled, self.stream.seen = [], 0, 0, 0, {}
         while True:
             problems = self.next_problems(wanted - len(kept)) if problems is None else problems
             self.phase("rollout", **rollout_shape(args, problems, args.num_generations))
@@ -1896,6 +1903,7 @@ class MLXGRPOTrainer:
                 scores, extras, metrics = workers.score(rollouts)
             groups = scores.reshape(len(rollouts), -1, scores.shape[-1])
             totals = self.total_rewards(rollouts, scores).reshape(len(rollouts), -1)
+            self.stream.observe(rollouts, scores, totals.reshape(-1), list(self.scorer.functions))
             G, rounds, sampled = totals.shape[1], rounds + 1, sampled + len(rollouts)
             flat = [not np.ptp(t[~np.isnan(t)]) > 1e-8 if (~np.isnan(t)).sum() > 1 else True for t in totals]
             found = [(r, g, {k: v[i * G:(i + 1) * G] for k, v in extras.items()}) for i, (r, g) in enumerate(zip(rollouts, groups))]
@@ -1919,9 +1927,9 @@ class MLXGRPOTrainer:
 
     def next_problems(self, count):
         """The next `count` problems in the run's order."""
-        order = prompt_order(self.prompts_drawn, count, len(self.train_dataset), self.args.seed, self.args.shuffle)
+        problems = self.stream.take(self.prompts_drawn, count, self.curriculum)
         self.prompts_drawn += count
-        return [self.train_dataset[i] for i in order]
+        return problems
 
     def generate_responses(self, batch, first_prompt=0, finished=None):
         """[Rollout] of num_generations completions for each Problem in `batch`, sampled from model_old. first_prompt: how
@@ -2131,8 +2139,7 @@ class MLXGRPOTrainer:
             self.save_checkpoint(self.run_dir / f"checkpoint-{self.step_count}")
 
     def last_problems(self):
-        order = prompt_order(self.prompts_drawn, self.args.prompts_per_step, len(self.train_dataset), self.args.seed, self.args.shuffle)
-        return [self.train_dataset[i] for i in order]
+        return self.stream.take(self.prompts_drawn, self.args.prompts_per_step, self.curriculum)
 
     def check_health(self, loss, metrics):
         """Raises NotFinite for a batch that must not be trained on."""
@@ -2226,7 +2233,7 @@ class MLXGRPOTrainer:
         return any([getattr(callback, event)(self, *args) for callback in self.callbacks])
 
     STATE = ("shapes", "step_count", "num_tokens", "prompts_drawn", "rung", "calm_syncs", "healed", "entropy_coef", "window_metrics", "best",
-             "bad_steps")
+             "bad_steps", "curriculum")
 
     def save_checkpoint(self, path):
         """A directory that mlx_lm and transformers open, with the optimizer and all of the trainer's state beside it, what
@@ -2311,10 +2318,6 @@ def compute_dtype(config):
     return mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
 
 
-def as_problems(dataset, config):
-    return [row if isinstance(row, Problem) else make_problem(row, config, f"row {i}") for i, row in enumerate(dataset)]
-
-
 def check_rollouts(rollouts, problems, num_generations):
     """The rollouts of a user's rollout_func, or a UserError that says what is wrong with them."""
     if len(rollouts) != len(problems):
@@ -2358,6 +2361,7 @@ class SFTTrainer(MLXGRPOTrainer):
                        num_iterations=1, objective="grpo", teacher_model="", distill_task_coeff=0.0)
         super().__init__(model, tokenizer, args.rewards, args, train_dataset, eval_dataset, **options)
         self.gradients = self.learner.gradients_of(self.compute_sft_loss, self.compiled)
+        self.stream.rising = False
 
     def compute_sft_loss(self, batch, num_tokens, shared=False, pieces=None):
         logprobs, _ = completion_logprobs(self.split, batch, 1.0, shared=shared, pieces=pieces)

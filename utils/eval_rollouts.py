@@ -5,7 +5,7 @@ gives these names out again.
 
 import numpy as np
 
-from mlx_grpo import EVAL, Sampling, completion_metrics, extract_answer, same_answer, sample_completions
+from mlx_grpo import EVAL, Sampling, completion_metrics, is_right, sample_completions
 
 
 def eval_rollouts(model, tokenizer, problems, config, sampling=None, *, num_generations=1, first_prompt=0):
@@ -19,14 +19,17 @@ def eval_rollouts(model, tokenizer, problems, config, sampling=None, *, num_gene
 
 
 def right_answers(rollout):
-    """Whether each completion's answer is the gold one, compared as numbers where both are (same_answer)."""
-    return [same_answer(extract_answer(text), rollout.problem.answer) for text in rollout.texts]
+    """Whether each completion's answer is the gold one, compared as numbers where both are (is_right)."""
+    return [is_right(rollout.problem, text) for text in rollout.texts]
 
 
 def evaluate(model, tokenizer, problems, config):
-    """({"exact_match", "mean_length", "clipped_ratio"}, [completion text]): one completion for each problem."""
+    """({"exact_match", "mean_length", "clipped_ratio"}, [completion text]): one completion for each problem. With several data
+    sets, exact_match/<name> for each of them too."""
     rollouts = eval_rollouts(model, tokenizer, problems, config)
     lengths = completion_metrics(rollouts)
-    return {"exact_match": float(np.mean([right_answers(r)[0] for r in rollouts])),
+    right, sources = np.array([right_answers(r)[0] for r in rollouts]), np.array([p.source for p in problems])
+    by_source = {f"exact_match/{name}": float(right[sources == name].mean()) for name in sorted(set(sources.tolist())) if name}
+    return {"exact_match": float(right.mean()), **by_source,
             "mean_length": lengths["completions/mean_length"],
             "clipped_ratio": lengths["completions/clipped_ratio"]}, [r.texts[0] for r in rollouts]

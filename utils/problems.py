@@ -1,5 +1,5 @@
 """
-Data sets as Problems: hub data sets, local .jsonl, .csv and .parquet files, synthetic tasks; training and held-out split.
+Data sets as Problems: hub data sets, local .jsonl, .csv and .parquet files, made tasks; training and held-out split.
 Part of mlx_grpo, which gives all of these names out again.
 """
 
@@ -8,6 +8,7 @@ import io
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_grpo import Problem, UserError, extract_hash_answer, shipped_path
@@ -44,6 +45,33 @@ def parse_row(line, where):
     return row
 
 
+def build_prompt(row, config, where, examples=()):
+    """The prompt of a row: text, or chat messages. examples: (question, answer text) pairs that stand before the question, as
+    turns of the chat, or as text with a line between question and answer. Raises UserError naming `where`."""
+    question = question_of(row[config.prompt_column], config, where)
+    shots = [(question_of(shown, config, where), answer) for shown, answer in examples]
+    if config.prompt_format == "text":
+        system = [config.system_prompt] if config.system_prompt else []
+        return "\n\n".join([*system, *(f"{shown}\n{answer}" for shown, answer in shots), question])
+    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    if question[0]["role"] == "system":
+        system, question = question[:1], question[1:]
+    turns = [m for shown, answer in shots for m in (*shown, {"role": "assistant", "content": answer}) if m["role"] != "system"]
+    return [*system, *turns, *question]
+
+
+def question_of(value, config, where):
+    """The value of the prompt column: text where prompt_format is "text", else chat messages. Raises UserError."""
+    if isinstance(value, str):
+        return value if config.prompt_format == "text" else [{"role": "user", "content": value}]
+    if not isinstance(value, list):
+        raise UserError(f"{where}: {config.prompt_column!r} must be text or a list of chat messages, got {value!r}")
+    messages = check_messages(value, where, config.prompt_column)
+    if config.prompt_format == "text":
+        raise UserError(f'{where}: {config.prompt_column!r} holds chat messages; set prompt_format = "chat"')
+    return messages
+
+
 def make_problem(row, config, where):
     """A Problem from one row (a dictionary). Raises UserError naming `where` and the missing column."""
     for option in ("prompt_column", "answer_column", "solution_column"):
@@ -51,19 +79,7 @@ def make_problem(row, config, where):
         if column and row.get(column) in (None, "", []):
             raise UserError(f"{where}: no {column!r} (the row has {', '.join(map(repr, row)) or 'nothing'}); mend the row, or "
                             f"set {option} to the right column" + ' ("" = no gold answers)' * (option == "answer_column"))
-    prompt, answer = row[config.prompt_column], row.get(config.answer_column)
-    if isinstance(prompt, list):
-        prompt = check_messages(prompt, where, config.prompt_column)
-        if config.prompt_format == "text":
-            raise UserError(f'{where}: {config.prompt_column!r} holds chat messages; set prompt_format = "chat"')
-    elif isinstance(prompt, str):
-        prompt = prompt if config.prompt_format == "text" else [{"role": "user", "content": prompt}]
-    else:
-        raise UserError(f"{where}: {config.prompt_column!r} must be text or a list of chat messages, got {prompt!r}")
-    if config.system_prompt and isinstance(prompt, str):
-        prompt = f"{config.system_prompt}\n\n{prompt}"
-    elif config.system_prompt and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
+    prompt, answer = build_prompt(row, config, where), row.get(config.answer_column)
     text = None if answer is None else str(answer)
     marked = text is not None and "####" in text
     gold = extract_hash_answer(text) if marked else text
@@ -128,19 +144,23 @@ def hub_rows(name, config_name, split):
     return [(dict(row), f"{name} {split} row {i}") for i, row in enumerate(data)]
 
 
-def load_problems(config):
-    """(training problems, held-out problems) as `config` describes them, in the data's order or, with shuffle, a seeded
-    one. Held-out problems are those of eval_split for a hub data set, else a seeded share of the rows; one that asks
-    what a training problem asks is left out. Raises UserError, for a data set without rows too."""
+def load_rows(config, options):
+    """(training rows, held-out rows), each [(row, where)], of config.dataset with these dataset_options, in the data's order
+    or, with shuffle, a seeded one. Raises UserError."""
     order = random.Random(f"split {config.seed}")
     name, held_out = config.dataset, []
-    if name.startswith("synthetic:"):
-        from mlx_grpo.synthetic import generate
-
+    task = name.partition(":")[2]
+    if name.startswith(("synthetic:", "reasoning_gym:")):
         count = config.max_train_samples or 2000
-        made = generate(name.removeprefix("synthetic:"), count + 2 * config.eval_samples, config.seed,
-                        options=config.dataset_options)
-        rows = [(row, f"{name} row {i}") for i, row in enumerate(made)]
+        total = count + 2 * config.eval_samples
+        if name.startswith("synthetic:"):
+            from mlx_grpo.synthetic import generate
+
+            rows = [(row, f"{name} row {i}") for i, row in enumerate(generate(task, total, config.seed, options=options))]
+        else:
+            from mlx_grpo.gym_tasks import gym_rows
+
+            rows = gym_rows(task, total, config.seed, options)
         rows, held_out = rows[:count], rows[count:]
     elif Path(name).suffix in (".jsonl", ".csv", ".parquet"):
         rows = read_rows(name)
@@ -155,9 +175,56 @@ def load_problems(config):
     if config.shuffle:
         order.shuffle(rows)
         order.shuffle(held_out)
-    problems = [make_problem(row, config, where) for row, where in rows[:config.max_train_samples or None]]
-    if not problems:
+    if not rows:
         raise UserError(f"dataset {name!r} has no training rows; name one that has, or lower eval_fraction")
-    asked = {json.dumps(p.prompt) for p in problems}
-    held_out = [make_problem(row, config, where) for row, where in held_out]
-    return problems, [p for p in held_out if json.dumps(p.prompt) not in asked][:config.eval_samples]
+    return rows[:config.max_train_samples or None], held_out
+
+
+def load_problems(config):
+    """(training problems, held-out problems) as `config` describes them. Held-out problems are those of eval_split for a hub
+    data set, else a seeded share of the rows; one that asks what a training problem asks is left out. Several data sets, and
+    the levels of a curriculum, are mixed evenly. Raises UserError, for a data set without rows too."""
+    from mlx_grpo.few_shot import with_examples
+    from mlx_grpo.sources import sources_of
+
+    parts = []
+    for source in sources_of(config):
+        for level, options in enumerate(source.levels):
+            marks = {"data_source": source.name} if source.name else {}
+            marks |= {"curriculum_level": level} if source.config.curriculum else {}
+            make = lambda rows: [replace(make_problem(marks | row, source.config, where), source=source.name, level=level)
+                                 for row, where in rows]
+            parts.append((source.config, *map(make, load_rows(source.config, options))))
+    asked = {json.dumps(p.prompt) for _, train, _ in parts for p in train}
+    new = lambda problems: [p for p in problems if json.dumps(p.prompt) not in asked][:config.eval_samples]
+    parts = [(with_examples(train, train, c), with_examples(new(held_out), train, c)) for c, train, held_out in parts]
+    return evenly([train for train, _ in parts]), evenly([held_out for _, held_out in parts])[:config.eval_samples]
+
+
+def evenly(lists):
+    """One list of all items, in which every part of it holds its share of each."""
+    placed = [((i + 0.5) / len(items), k, item) for k, items in enumerate(lists) for i, item in enumerate(items)]
+    return [item for _, _, item in sorted(placed, key=lambda p: p[:2])]
+
+
+def as_problems(dataset, config, pool=None):
+    """The dataset with its rows made Problems; their few-shot examples are drawn from `pool`, or from the dataset itself."""
+    from mlx_grpo.few_shot import with_examples
+
+    made = [row if isinstance(row, Problem) else make_problem(row, config, f"row {i}") for i, row in enumerate(dataset)]
+    places = [i for i, row in enumerate(dataset) if not isinstance(row, Problem)]
+    if places:
+        for i, problem in zip(places, with_examples([made[i] for i in places], made if pool is None else pool, config)):
+            made[i] = problem
+    return made
+
+
+def is_right(problem, text):
+    """Whether a completion is right: reasoning_gym's scorer gives it 1, or, for other data, its answer is the gold one."""
+    from mlx_grpo import extract_answer, same_answer
+
+    if entry := problem.columns.get("reasoning_gym"):
+        from mlx_grpo.gym_tasks import score_answer
+
+        return score_answer(extract_answer(text), entry) >= 1
+    return same_answer(extract_answer(text), problem.answer)

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_grpo import UserError, cast_floats, extract_answer, finite_or_none, lora_parameters, same_answer
+from mlx_grpo import UserError, cast_floats, finite_or_none, is_right, lora_parameters
 from mlx_grpo.files import disk_errors
 
 
@@ -158,7 +158,7 @@ class RunLog:
         """One object for each held-out problem, in eval_completions.jsonl."""
         self.append("eval_completions.jsonl", [
             {"step": step, "prompt": p.prompt, "answer": p.answer, "completion": text,
-             "correct": same_answer(extract_answer(text), p.answer)} for p, text in zip(problems, texts)])
+             "correct": is_right(p, text)} for p, text in zip(problems, texts)])
 
     def completions(self, step, rollouts, scores, names, rewards, advantages, extras, details=()):
         """One object for each completion: prompt, text, each reward, advantage, length; tokens and log-probs of the first
@@ -201,6 +201,11 @@ class RunLog:
                   + (f" (rollout {m['rollout_s']:.1f})" if "rollout_s" in m else ""), f"{m['peak_gb']:.1f} GB"]
         parts += [f"exact match {m['eval/exact_match']:.2f}"] if "eval/exact_match" in m else []
         print(" | ".join(parts) + (f" | {left / 60:.0f} min left" if total < ENDLESS else ""), flush=True)
+
+    def lines(self, step, texts):
+        """What is worth telling of a step besides its metrics."""
+        for text in texts:
+            print(f"step {step}: {text}", flush=True)
 
 
 def read_metrics(run_dir):
