@@ -93,7 +93,8 @@ def test_a_completion_full_of_tags_costs_no_time(piece):
     started = time.perf_counter()
     texts = [piece * 30_000, "<reasoning>" + piece * 30_000, piece * 30_000 + "</answer>"]
     for function in PLAIN.values():
-        assert all(math.isfinite(v) for v in function(prompts=texts, completions=texts, answer=["4"] * 3))
+        values = function(prompts=texts, completions=texts, answer=["4"] * 3)
+        assert all(v is None or math.isfinite(v) for v in values)      # None: not of this data
     assert time.perf_counter() - started < 5
 
 
