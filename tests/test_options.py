@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten
-from mlx_grpo import (OPTIONS, MLXGRPOConfig, MLXGRPOTrainer, UserError, fitting_problems, is_quantized, load_model,
+from mlx_grpo import (OPTIONS, MLXGRPOConfig, MLXGRPOTrainer, PromptStream, UserError, fitting_problems, is_quantized, load_model,
                       load_problems,
                       main, option_default, render_prompt)
 from tiny_hf import CHATML
@@ -39,6 +39,7 @@ class Stops(TrainerCallback):
     def on_step_end(self, trainer, metrics):
         return True
 """
+LOUDER = "def louder(row, rng):\n    return row | {'question': row['question'] + '!' * rng.randint(1, 9)}\n"
 ROWS = [{"question": f"{i}+{i}", "task": f"twice {i}", "answer": str(2 * i), "gold": f"={2 * i}", "demo": "double"}
         for i in range(20)]
 MOVING = dict(max_steps=3, update_every=3, learning_rate=0.02)      # the policy leaves the one that it samples from
@@ -54,6 +55,7 @@ def files(tmp_path_factory):
     (custom / "model.py").write_text("from mlx_lm.models.qwen2 import Model, ModelArgs\n")
     (directory / "my_loader.py").write_text(MY_LOADER)
     (directory / "broken.py").write_text(BROKEN)
+    (directory / "my_aug.py").write_text(LOUDER)
     (directory / "stops.py").write_text(STOPS)
     (directory / "names.py").write_text(NAMES)
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -164,6 +166,11 @@ def prompts(config):
     return [render_prompt(tokenizer, p, config) for p in fitting_problems(load_problems(config)[0], tokenizer, config)]
 
 
+def rewritten(config):
+    """The first prompts of a run, as they are drawn."""
+    return [p.prompt for p in PromptStream(load_problems(config)[0], config).take(0, 4, {})]
+
+
 def places(config):
     """The directories that a run by the command leaves, relative to the working directory."""
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
@@ -232,7 +239,7 @@ HEALING = ROUGH | dict(rollout_bits=[2, 0], max_logp_gap=1e-3)
 FLAT = dict(rewards=["correctness"])                                                # every reward 0
 DISTILL = dict(objective="distill", teacher_model="other")
 PROXIMAL = MOVING | dict(old_logprobs="proximal")
-TOGETHER = {"objective": DISTILL}                       # what is refused unless it is changed along
+TOGETHER = {"objective": DISTILL, "datasets": {"dataset": OPTIONS["dataset"].default}}     # what is refused unless it is changed along
 
 TABLE = {
     "model_name": (sampled, "other", {}),
@@ -255,6 +262,9 @@ TABLE = {
     "watch": (watched(first_prompts), "rows.jsonl", WATCH | {"watch": "others.jsonl"}),
     "watch_idle": (watched(lambda run, waited: waited), 3.0, WATCH),
     "watch_target": (watched(lambda run, _: (run / "checkpoint-best").exists()), 1e6, WATCH),
+    "datasets": (problems, [{"dataset": "rows.jsonl"}, {"dataset": "synthetic:reverse", "weight": 2.0}], EVAL),
+    "curriculum": (problems, {"option": "length", "levels": [3, 4], "raise_at": 0.8}, {"dataset": "synthetic:chain"}),
+    "few_shot": (problems, 2, LOCAL), "augment": (rewritten, ["my_aug.py:louder"], LOCAL),
     "shuffle": (problems, False, LOCAL), "max_train_samples": (problems, 3, LOCAL),
     "max_prompt_length": (prompts, 38, LOCAL),
     "num_generations": (rows_per_step, 3, {}),
