@@ -14,7 +14,7 @@ from mlx_grpo import (REWARDS, ConfigError, Problem, RewardError, Scorer, UserEr
                       soft_format_reward_func,
                       strict_format_reward_func, weighted_rewards, xmlcount_reward_func)
 
-PLAIN = {name: function for name, function in REWARDS.items() if callable(function)}      # those without options
+PLAIN = {name: function for name, function in REWARDS.items() if callable(function) and name != "reasoning_gym"}      # no options, any data
 GOOD = "<reasoning>\n2+2\n</reasoning>\n<answer>\n4\n</answer>"
 
 
@@ -93,8 +93,7 @@ def test_a_completion_full_of_tags_costs_no_time(piece):
     started = time.perf_counter()
     texts = [piece * 30_000, "<reasoning>" + piece * 30_000, piece * 30_000 + "</answer>"]
     for function in PLAIN.values():
-        values = function(prompts=texts, completions=texts, answer=["4"] * 3)
-        assert all(v is None or math.isfinite(v) for v in values)      # None: not of this data
+        assert all(math.isfinite(v) for v in function(prompts=texts, completions=texts, answer=["4"] * 3))
     assert time.perf_counter() - started < 5
 
 
