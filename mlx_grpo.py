@@ -11,7 +11,7 @@ Different from the paper: rewards are rules, not a learned model.
 
     python mlx_grpo.py --config configs/prod.toml --set num_generations=16
     python mlx_grpo.py eval --config configs/prod.toml --set model_name=outputs/run/checkpoint-500
-    python mlx_grpo.py {train,sft,eval,rewards,plan,report,sweep,push,completion} --help
+    python mlx_grpo.py {train,sft,eval,rewards,preview,plan,report,sweep,push,completion} --help
 
 Shape letters: P prompts, G completions per prompt, B = P*G rows, L prompt tokens, T completion tokens, V vocabulary,
 C hidden width. Token ids that were sampled are trained on as they are: text is decoded for rewards and people, and
@@ -741,7 +741,7 @@ def frozen_copy(model, *, bits=0, group_size=64, precision=None):
 
 from mlx_grpo.model_loading import (  # noqa: E402
     LOADERS, BaseModelLoader, CustomModelLoader, NanoChatLoader, check_end_token, find_loader, load_adapted_model, load_model,
-    resolve_model)
+    load_tokenizer, resolve_model)
 
 
 # ---- problems --------------------------------------------------------------------------------------------------------
@@ -2481,6 +2481,7 @@ COMMANDS = {   # name: (module with add_arguments(parser) and run_command's func
     "sft": (None, "supervised warm start on the data's demonstrations"),
     "eval": ("evaluation", "exact match, pass@k, maj@k of a model; two models compared"),
     "rewards": ("reward_check", "list and explain the reward functions"),
+    "preview": ("preview", "the first prompts as the model reads them"),
     "plan": ("plan", "options with their sources, parameters and memory"),
     "report": ("report", "a run, or several, as one HTML page"),
     "sweep": ("sweep", "a grid or random search over options"),

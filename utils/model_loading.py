@@ -94,6 +94,26 @@ def find_loader(path, config, loader="auto"):
     return found
 
 
+def open_directory(path, loader, trust_remote_code):
+    """(loader, config.json) of a model directory. Raises UserError."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} has no config.json; give a model's directory, or a checkpoint of a run")
+    config = read_json(path / "config.json")
+    opener = find_loader(path, config, loader)()
+    opener.trust_remote_code = trust_remote_code
+    opener.validate_compatibility(path, config)
+    return opener, config
+
+
+def load_tokenizer(name_or_path, *, loader="auto", trust_remote_code=False):
+    """The tokenizer that load_model gives, without reading any weights. Raises UserError."""
+    path = resolve_model(name_or_path, trust_remote_code)
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        return load_tokenizer(base_of(path), loader=loader, trust_remote_code=trust_remote_code)
+    opener, config = open_directory(path, loader, trust_remote_code)
+    return opener.load_tokenizer(path, config)
+
+
 def load_model(name_or_path, *, loader="auto", trust_remote_code=False, dtype=None):
     """(model, tokenizer) of a directory or hub id: any mlx-lm model, any nanochat generation, a checkpoint of ours.
 
@@ -102,12 +122,7 @@ def load_model(name_or_path, *, loader="auto", trust_remote_code=False, dtype=No
     path = resolve_model(name_or_path, trust_remote_code)
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         return load_adapted_model(path, loader=loader, trust_remote_code=trust_remote_code, dtype=dtype)
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} has no config.json; give a model's directory, or a checkpoint of a run")
-    config = read_json(path / "config.json")
-    opener = find_loader(path, config, loader)()
-    opener.trust_remote_code = trust_remote_code
-    opener.validate_compatibility(path, config)
+    opener, config = open_directory(path, loader, trust_remote_code)
     model, config = opener.load_model(path, config)
     tokenizer = opener.load_tokenizer(path, config)
     if dtype:
@@ -138,15 +153,20 @@ def check_end_token(model, tokenizer, config):
                         "would ever end; set eos_token_id in its config.json, or the option stop")
 
 
-def load_adapted_model(path, **options):
-    """(model, tokenizer) of adapters in mlx-lm's format on the base model that their adapter_config.json names."""
-    from mlx_grpo.adapter_files import load_onto
-
+def base_of(path):
+    """The base model that adapters are for. Raises UserError."""
     base = read_json(path / "adapter_config.json").get("model")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path / 'adapter_config.json'} names no base model; write its directory or hub id "
                         "there as \"model\"")
-    model, tokenizer = load_model(base, **options)
+    return base
+
+
+def load_adapted_model(path, **options):
+    """(model, tokenizer) of adapters in mlx-lm's format on the base model that their adapter_config.json names."""
+    from mlx_grpo.adapter_files import load_onto
+
+    model, tokenizer = load_model(base_of(path), **options)
     load_onto(model, path)
     mx.eval(model.parameters())
     model.eval()

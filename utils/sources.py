@@ -62,6 +62,9 @@ def short_name(dataset):
 
 def check_data(config):
     """Contradictions between the options of the data. Raises ConfigError."""
+    for name in ("few_shot", "augment", "curriculum"):
+        if config.watch and vars(config)[name]:
+            raise ConfigError(f"watch trains on the rows as they come, so {name} has no place; remove one of them")
     if config.datasets:
         if config.dataset != MLXGRPOConfig.dataset:
             raise ConfigError("dataset and datasets are both set; name every data set in datasets, or remove it")
