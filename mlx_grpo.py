@@ -310,7 +310,6 @@ class MLXGRPOConfig:
         if -1 < self.clip_eps_high < 0:
             raise ConfigError(f"clip_eps_high is {self.clip_eps_high}; use -1 for the same as clip_eps, or at least 0")
         from mlx_grpo.sources import check_data
-
         check_data(self)
 
     @property
@@ -1727,7 +1726,8 @@ def clip_metrics(ratio, A, mask, clip_eps, clip_eps_high, M):
 
 # ---- trainer ---------------------------------------------------------------------------------------------------------
 
-from mlx_grpo.hooks import TrainerCallback, all_callbacks, closes_callbacks, configured_callbacks, restore, states  # noqa: E402
+from mlx_grpo.hooks import (  # noqa: E402
+    TrainerCallback, all_callbacks, check_rollouts, closes_callbacks, configured_callbacks, restore, states)
 from mlx_grpo.step_metrics import (  # noqa: E402
     completion_metrics, finish_metrics, finite_or_none, gap_metrics, merge_metrics, score_metrics)
 from mlx_grpo.learner import Learner, checkpointed_blocks, clip_gradients, lora_parameters, prepare_trainable  # noqa: E402
@@ -2316,18 +2316,6 @@ def compute_dtype(config):
     if config.dtype != "auto":
         return getattr(mx, config.dtype)
     return mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
-
-
-def check_rollouts(rollouts, problems, num_generations):
-    """The rollouts of a user's rollout_func, or a UserError that says what is wrong with them."""
-    if len(rollouts) != len(problems):
-        raise UserError(f"rollout_func returned {len(rollouts)} rollouts for {len(problems)} problems")
-    for r in rollouts:
-        lengths = [list(map(len, rows)) for rows in (r.completion_ids, r.logprobs, r.env_mask)]
-        if len(r.completion_ids) != num_generations or lengths[0] != lengths[1] or lengths[0] != lengths[2]:
-            raise UserError(f"rollout_func: {r.problem.prompt!r} needs {num_generations} completions whose ids, logprobs and "
-                            f"env_mask have equal lengths; got lengths {lengths}")
-    return rollouts
 
 
 # ---- supervised warm start -------------------------------------------------------------------------------------------

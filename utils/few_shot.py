@@ -10,29 +10,39 @@ from mlx_grpo import UserError
 from mlx_grpo.problems import build_prompt, make_problem, read_rows
 
 
-def with_examples(problems, pool, config):
-    """The problems with `few_shot` examples of `pool` (training problems of the same data) in their prompts, drawn by the
-    seed and the question; or with every row of the file that few_shot names. Never one that asks the same question."""
-    if not config.few_shot:
-        return problems
-    if isinstance(config.few_shot, str):
-        pool = [make_problem(row, config, where) for row, where in read_rows(config.few_shot)]
-    asked = [json.dumps(p.columns[config.prompt_column]) for p in pool]
-    if isinstance(config.few_shot, int) and len(set(asked)) <= config.few_shot:
-        raise UserError(f"few_shot is {config.few_shot}, and {config.dataset!r} has {len(set(asked))} different training questions; "
-                        "lower it, or use more rows")
-    shots = [shot(problem, config) for problem in pool]
-    found = []
-    for problem in problems:
+class Examples:
+    """The examples of `few_shot`: so many of `pool` (training problems of the same data), drawn by the seed and the question, or
+    every row of the file that few_shot names. Never one that asks the same question."""
+
+    def __init__(self, pool, config):
+        self.config, self.whole = config, isinstance(config.few_shot, str)
+        if self.whole:
+            pool = [make_problem(row, config, where) for row, where in read_rows(config.few_shot)]
+        pool = pool if config.few_shot else []
+        self.asked = [json.dumps(p.columns[config.prompt_column]) for p in pool]
+        if not self.whole and config.few_shot and len(set(self.asked)) <= config.few_shot:
+            raise UserError(f"few_shot is {config.few_shot}, and {config.dataset!r} has {len(set(self.asked))} different training "
+                            "questions; lower it, or use more rows")
+        self.shots = [shot(problem, config) for problem in pool]
+
+    def put(self, problem):
+        """The problem with its examples in the prompt; as it is without few_shot."""
+        config = self.config
+        if not config.few_shot:
+            return problem
         own = json.dumps(problem.columns[config.prompt_column])
-        if isinstance(config.few_shot, str):
-            chosen = [i for i, other in enumerate(asked) if other != own]
+        if self.whole:
+            chosen = [i for i, other in enumerate(self.asked) if other != own]
         else:
-            chosen = draw(asked, own, config.few_shot, random.Random(f"few-shot {config.seed} {own}"))
-        examples = tuple(shots[i] for i in chosen)
-        prompt = build_prompt(problem.columns, config, "few_shot", examples)
-        found.append(replace(problem, prompt=prompt, examples=examples))
-    return found
+            chosen = draw(self.asked, own, config.few_shot, random.Random(f"few-shot {config.seed} {own}"))
+        examples = tuple(self.shots[i] for i in chosen)
+        return replace(problem, prompt=build_prompt(problem.columns, config, "few_shot", examples), examples=examples)
+
+
+def with_examples(problems, pool, config):
+    """The problems with their Examples in the prompts."""
+    examples = Examples(pool, config)
+    return [examples.put(problem) for problem in problems]
 
 
 def shot(problem, config):

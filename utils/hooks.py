@@ -6,7 +6,7 @@ names out again.
 from contextlib import ExitStack
 from functools import wraps
 
-from mlx_grpo import ConfigError, load_symbol
+from mlx_grpo import ConfigError, UserError, load_symbol
 
 
 class TrainerCallback:
@@ -108,3 +108,15 @@ def restore(callbacks, saved):
         if entry:
             callback.state = entry[1]
             saved = [other for other in saved if other is not entry]
+
+
+def check_rollouts(rollouts, problems, num_generations):
+    """The rollouts of a user's rollout_func, or a UserError that says what is wrong with them."""
+    if len(rollouts) != len(problems):
+        raise UserError(f"rollout_func returned {len(rollouts)} rollouts for {len(problems)} problems")
+    for r in rollouts:
+        lengths = [list(map(len, rows)) for rows in (r.completion_ids, r.logprobs, r.env_mask)]
+        if len(r.completion_ids) != num_generations or lengths[0] != lengths[1] or lengths[0] != lengths[2]:
+            raise UserError(f"rollout_func: {r.problem.prompt!r} needs {num_generations} completions whose ids, logprobs and "
+                            f"env_mask have equal lengths; got lengths {lengths}")
+    return rollouts

@@ -3,8 +3,10 @@
 import json
 import sys
 
-from mlx_grpo import add_config_arguments, fitting_problems, load_config, load_problems, load_tokenizer, render_prompt
+from mlx_grpo import (
+    UserError, add_config_arguments, fitting_problems, load_config, load_problems, load_tokenizer, render_prompt)
 from mlx_grpo.prompt_stream import PromptStream
+from mlx_grpo.sources import sources_of
 
 
 def add_arguments(parser):
@@ -18,9 +20,16 @@ def run(args):
     """The first prompts of a run, exactly as it will draw and render them: mixed, with examples, augmented. Special tokens
     stand between ⟦ and ⟧, so that one can be told from the same text typed by somebody; only the tokenizer is loaded.
 
-    examples: mlx_grpo.py preview --config configs/demo.toml
-              mlx_grpo.py preview --config configs/prod.toml -n 1 --held-out --set few_shot=4"""
+    examples:
+      python mlx_grpo.py preview --config configs/demo.toml
+      python mlx_grpo.py preview --config configs/prod.toml -n 1 --held-out --set few_shot=4
+    """
     config, _ = load_config(args.config, args.set)
+    if args.number < 1:
+        raise UserError(f"--number must be at least 1, got {args.number}")
+    highest = max(len(source.levels) for source in sources_of(config)) - 1
+    if not 0 <= args.level <= highest:
+        raise UserError(f"--level must be from 0 to {highest}, the last level of the curriculum, got {args.level}")
     train, held_out = load_problems(config)
     tokenizer = load_tokenizer(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
     train, held_out = (fitting_problems(problems, tokenizer, config) for problems in (train, held_out))

@@ -62,7 +62,10 @@ def short_name(dataset):
 
 def check_data(config):
     """Contradictions between the options of the data. Raises ConfigError."""
-    for name in ("few_shot", "augment", "curriculum"):
+    if config.watch and config.datasets and config.few_shot and isinstance(config.few_shot, int):
+        raise ConfigError("few_shot draws the examples of watched rows from one data set, and datasets names several; name a file "
+                          "of examples instead")
+    for name in ("augment", "curriculum"):
         if config.watch and vars(config)[name]:
             raise ConfigError(f"watch trains on the rows as they come, so {name} has no place; remove one of them")
     if config.datasets:

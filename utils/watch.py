@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlx_grpo import ConfigError, MLXGRPOTrainer, UserError, make_problem, point_to, render_prompt
+from mlx_grpo.few_shot import Examples
 from mlx_grpo.hooks import closes_callbacks
 from mlx_grpo.run_files import ENDLESS
 
@@ -113,13 +114,14 @@ class WatchTrainer(MLXGRPOTrainer):
             raise ConfigError(f"watch promotes by {args.save_best}, and there is no evaluation: set eval_steps, and eval_samples "
                               "with a data set that has held-out problems")
         self.total_steps = args.max_steps or ENDLESS
-        self.asked = {json.dumps(p.prompt) for p in self.eval_dataset}
+        self.asked = {self.question(problem) for problem in self.eval_dataset}
+        self.examples = Examples(self.train_dataset, args)
         self.rows = WatchedRows(args.watch, self.accept)
         self.watched, self.promoted = self.rows.mark(0), 0         # how far the file is trained on; step of checkpoint-best
 
     def accept(self, row, where):
         """The Problem of a row. Raises UserError for one that can't be trained on, or that the gate asks as well."""
-        problem = make_problem(row, self.args, where)
+        problem = self.examples.put(make_problem(row, self.args, where))
         try:
             length = len(render_prompt(self.tokenizer, problem, self.args))
         except UserError as error:                            # the chat template's refusal
@@ -127,9 +129,13 @@ class WatchTrainer(MLXGRPOTrainer):
         if length > self.args.max_prompt_length:
             raise UserError(f"{where}: the prompt has {length} tokens, more than max_prompt_length = "
                             f"{self.args.max_prompt_length}")
-        if json.dumps(problem.prompt) in self.asked:
+        if self.question(problem) in self.asked:
             raise UserError(f"{where}: a held-out problem asks the same, so the gate would measure memory")
         return problem
+
+    def question(self, problem):
+        """What a problem asks, its examples left out."""
+        return json.dumps(problem.columns.get(self.args.prompt_column, problem.prompt) if problem.examples else problem.prompt)
 
     # -- rows instead of an order
 
