@@ -9,6 +9,7 @@ RUN = "--config run.toml "
 WEIGHTS = "model/model.safetensors"
 CONVERT = "--hf-path model --output-dir out"
 BINARY = bytes(range(256)) * 4
+SEVERAL = RUN + "--set dataset=openai/gsm8k --set "
 
 TABLE = {
     "train": [
@@ -70,6 +71,31 @@ TABLE = {
          "synthetic:chain has no option 'digits' | there are length, modulus, wording"),
         ("data source", RUN + "--set dataset=nobody/nothing",
          'dataset \'nobody/nothing\' | dataset_config \'main\', split \'train\' | dataset_config = "" is its default,'),
+        ("data sets", SEVERAL + "'datasets=[\"data.jsonl\"]'", "datasets must be a list of tables"),
+        ("data sets", SEVERAL + "'datasets=[{dataset = \"data.jsonl\", wieght = 2}]'", "datasets[0] | 'wieght' | weight"),
+        ("data sets", SEVERAL + "'datasets=[{dataset = \"data.jsonl\", weight = nan}]'",
+         "datasets[0] | weight must be a number above 0, got nan"),
+        ("data sets", SEVERAL + "'datasets=[{dataset = \"data.jsonl\"}, {dataset = \"nowhere.jsonl\"}]'",
+         "nowhere.jsonl | can't read the data | check dataset"),
+        ("curriculum", RUN + "--set 'curriculum={option = \"length\", levels = [1, 2], raise_at = 1}'",
+         "curriculum | needs data that is made | 'data.jsonl'"),
+        ("curriculum", RUN + "--set dataset=synthetic:chain --set 'curriculum={option = \"length\", levels = [3], "
+         "raise_at = 1}'", "curriculum | at least two values | [3]"),
+        ("curriculum", RUN + "--set dataset=synthetic:chain --set 'curriculum={option = \"lenght\", levels = [3, 4], "
+         "raise_at = 1}'", "synthetic:chain has no option 'lenght' | there are length"),
+        ("curriculum", RUN + "--set dataset=synthetic:chain --set 'curriculum={option = \"length\", levels = [3, 4], "
+         "raise_at = nan}'", "curriculum | raise_at must be | nan"),
+        ("few-shot", RUN + "--set few_shot=-1", "few_shot must be at least 0, got -1"),
+        ("few-shot", RUN + "--set few_shot=three", "few_shot must be a number of examples or a .jsonl | 'three'"),
+        ("few-shot", RUN + "--set few_shot=1000", "few_shot is 1000 | different training questions | lower it"),
+        ("few-shot", RUN + "--set few_shot=shots.jsonl", "shots.jsonl:1 | no 'answer' | mend the row",
+         write("shots.jsonl", '{"question": "2+2"}\n')),
+        ("augment", RUN + "--set 'augment=[\"aug.py\"]'", "augment | 'aug.py' is not file.py:function"),
+        ("augment", RUN + "--set 'augment=[\"aug.py:f\"]'", "augment 'aug.py:f' | there is no file 'aug.py'"),
+        ("augment", RUN + "--set 'augment=[\"aug.py:f\"]'", "augment 'aug.py:f' raised KeyError: 'q'",
+         write("aug.py", "def f(row, rng):\n    return row | {'question': row['q']}\n")),
+        ("augment", RUN + "--set 'augment=[\"aug.py:f\"]'", "augment 'aug.py:f' changed 'answer' | must stay what it is",
+         write("aug.py", "def f(row, rng):\n    return row | {'answer': 'x'}\n")),
         ("reward file", RUN, "reward 'reward.py:length' | reward.py, line 1 | mend the file",
          write("reward.py", "def length(:\n")),
         ("reward file", RUN, "reward 'reward.py:length' | running reward.py raised SystemExit: 0 | mend the file",
@@ -789,6 +815,19 @@ TABLE = {
          folder("old"), write("old/sweep.json", "[]"), write("s.toml", "[values]\nseed = [1, 2]\n")),
         ("reward file", RUN + "--sweep s.toml", "running reward.py raised SyntaxError | mend the file",
          write("reward.py", "def length(:\n"), write("s.toml", "[values]\nseed = [1, 2]\n")),
+    ],
+    "preview": [
+        ("config file", "--config nowhere.toml", "nowhere.toml | can't read the configuration | check --config"),
+        ("option", RUN + "-n 0", "--number must be at least 1, got 0"),
+        ("option", RUN + "-n many", "preview | -n | invalid int value: 'many' | see --help"),
+        ("option", RUN + "--level 1", "--level must be from 0 to 0 | got 1"),
+        ("option", RUN + "--set few_shot=1.5", "few_shot must be a whole number or a text, got 1.5"),
+        ("data file", RUN, "data.jsonl | can't read the data | check dataset", drop("data.jsonl")),
+        ("data file", RUN, "data.jsonl:17 | not JSON | mend or remove the line", line_of("data.jsonl", 17, "[")),
+        ("model", RUN + "--set model_name=nowhere/at/all", "nowhere/at/all | no such directory | check the path"),
+        ("model", RUN, "model | no config.json | give a model's directory", drop("model/config.json")),
+        ("tokenizer", RUN, "model | tokenizer can't be opened | copy the tokenizer files",
+         write("model/tokenizer.json", "{")),
     ],
     "completion": [
         ("shell", "", "completion | the following arguments are required: shell | see --help"),

@@ -21,7 +21,8 @@ CASES = [Bad(command, kind, line, says.split(" | "), list(spoil))
 FIRST = [next(case for case in CASES if case.command == command) for command in TABLE]      # one of each as a process
 GOOD_LINES = {  # what the cases spoil works as it is
     "train": "--config run.toml", "sft": "--config run.toml", "eval": "--config run.toml", "rewards": "--config run.toml",
-    "plan": "--config run.toml", "report": "logged", "convert_nanochat": "--cache-dir nanochat --output-dir out --no-verify",
+    "plan": "--config run.toml", "preview": "--config run.toml", "report": "logged",
+    "convert_nanochat": "--cache-dir nanochat --output-dir out --no-verify",
     "convert_model": "--hf-path model --output-dir out", "inference": "--model model --prompt hello --max-tokens 3",
     "convert_nemo": "import --source hf --output out", "checkpoints backup": "kept/checkpoint-10 --dest copies",
     "adapters to-peft": "--adapter adapter --output out", "adapters from-peft": "--adapter peft --output out --model model",

@@ -116,6 +116,25 @@ def test_a_row_that_the_gate_asks_too_is_skipped(tmp_path, capsys):
     assert "held-out problem asks the same" in capsys.readouterr().err and asked(tmp_path / "run") == questions(ROWS[:4])
 
 
+def test_rows_are_shown_few_shot_examples_of_the_data_set_and_the_gate_still_knows_its_questions(tmp_path, capsys):
+    config = replace(WATCH, eval_samples=3, few_shot=2, max_prompt_length=1000)
+    train, held_out = load_problems(config)
+    append([{"question": held_out[1].prompt[-1]["content"], "answer": "1"}, *ROWS[:4]])
+    trainer = make(tmp_path / "run", config)
+    trainer.train()
+    assert "held-out problem asks the same" in capsys.readouterr().err and asked(tmp_path / "run") == questions(ROWS[:4])
+    pool = {p.columns["question"] for p in train}
+    for row, problem in zip(ROWS, trainer.rows.problems, strict=False):
+        shown = [m["content"] for m in problem.prompt if m["role"] == "user"]
+        assert len(shown) == 3 and shown[2] == row["question"] and set(shown[:2]) <= pool - {row["question"]}
+
+
+def test_examples_for_watched_rows_can_not_come_from_several_data_sets():
+    with pytest.raises(ConfigError, match="name a file of examples"):
+        replace(WATCH, dataset=MLXGRPOConfig.dataset, dataset_options={}, few_shot=2,
+                datasets=[{"dataset": "synthetic:chain"}, {"dataset": "synthetic:sort"}])
+
+
 def test_a_step_that_runs_out_of_rows_has_used_none(tmp_path):
     """Dynamic sampling draws further rows in the middle of a step; where there are none, the step is not made."""
     config = replace(WATCH, dynamic_sampling=True, max_gen_batches=3, rewards=["int"])           # all rewards equal

@@ -11,8 +11,8 @@ from mlx_grpo.problems import build_prompt, make_problem, read_rows
 
 
 class Examples:
-    """The examples of `few_shot`: so many of `pool` (training problems of the same data), drawn by the seed and the question, or
-    every row of the file that few_shot names. Never one that asks the same question."""
+    """The examples of `few_shot`: so many of `pool` (training problems of the same data), drawn by the seed and the
+    question, or every row of the file that few_shot names. Never one that asks the same question."""
 
     def __init__(self, pool, config):
         self.config, self.whole = config, isinstance(config.few_shot, str)
@@ -21,8 +21,8 @@ class Examples:
         pool = pool if config.few_shot else []
         self.asked = [json.dumps(p.columns[config.prompt_column]) for p in pool]
         if not self.whole and config.few_shot and len(set(self.asked)) <= config.few_shot:
-            raise UserError(f"few_shot is {config.few_shot}, and {config.dataset!r} has {len(set(self.asked))} different training "
-                            "questions; lower it, or use more rows")
+            raise UserError(f"few_shot is {config.few_shot}, and {config.dataset!r} has {len(set(self.asked))} different "
+                            "training questions; lower it, or use more rows")
         self.shots = [shot(problem, config) for problem in pool]
 
     def put(self, problem):
@@ -49,8 +49,8 @@ def shot(problem, config):
     """(question, text that answers it) of one example. Raises UserError where it has neither demonstration nor answer."""
     text = problem.answer if problem.solution is None else problem.solution
     if text is None:
-        raise UserError(f"few_shot: {problem.columns[config.prompt_column]!r} has neither a demonstration nor a gold answer; set "
-                        "solution_column or answer_column")
+        raise UserError(f"few_shot: {problem.columns[config.prompt_column]!r} has neither a demonstration nor a gold "
+                        "answer; set solution_column or answer_column")
     return problem.columns[config.prompt_column], text
 
 

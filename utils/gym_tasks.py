@@ -61,8 +61,9 @@ class GymWorker:
             raise UserError("reasoning_gym is not installed: pip install reasoning-gym")
         kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
         self.buffer, self.process = b"", subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(Path(__file__).parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-            env=kept | {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}, start_new_session=True)    # Ctrl-C is the trainer's
+            [sys.executable, "-c", WORKER, str(Path(__file__).parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            bufsize=0, env=kept | {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True)                # Ctrl-C is the trainer's
         assert self.line() == b"ready", "the worker speaks another protocol"
 
     def stop(self):

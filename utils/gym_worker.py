@@ -63,14 +63,14 @@ def reply(gym, request, made):
         for index in request["rows"]:
             if index not in entries:
                 entries[index] = dataset[index]
-    except (AssertionError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:     # its way to refuse options
+    except (AssertionError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:     # a refusal
         named = isinstance(error, (AssertionError, ValueError)) and str(error)
         return {"error": named or f"{type(error).__name__}: {error}"}
     if "answer" not in request:
         return {"rows": [entries[index] for index in request["rows"]]}
     try:
         return {"score": float(dataset.score_answer(request["answer"], entries[request["rows"][0]]))}
-    except Exception as error:                    # a scorer stumbles over the model's text: prime_factorization over any word
+    except Exception as error:                    # a scorer stumbles over the text: prime_factorization over any word
         return {"score": 0.0, "stumbled": f"{type(error).__name__}: {error}"}
 
 

@@ -117,6 +117,6 @@ def check_rollouts(rollouts, problems, num_generations):
     for r in rollouts:
         lengths = [list(map(len, rows)) for rows in (r.completion_ids, r.logprobs, r.env_mask)]
         if len(r.completion_ids) != num_generations or lengths[0] != lengths[1] or lengths[0] != lengths[2]:
-            raise UserError(f"rollout_func: {r.problem.prompt!r} needs {num_generations} completions whose ids, logprobs and "
-                            f"env_mask have equal lengths; got lengths {lengths}")
+            raise UserError(f"rollout_func: {r.problem.prompt!r} needs {num_generations} completions whose ids, logprobs "
+                            f"and env_mask have equal lengths; got lengths {lengths}")
     return rollouts

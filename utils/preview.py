@@ -49,11 +49,15 @@ def prompt_lines(number, problem, ids, tokenizer):
     about += [f"level {problem.columns['curriculum_level']}"] if "curriculum_level" in problem.columns else []
     about += [f"{len(problem.examples)} examples"] if problem.examples else []
     text = visible(ids, tokenizer)
-    lines = [" | ".join(about), *("  " + line for line in text.split("\n")), f"gold answer: {json.dumps(problem.answer, ensure_ascii=False)}"]
+    lines = [" | ".join(about), *("  " + line for line in text.split("\n")), f"gold answer: {quoted(problem.answer)}"]
     if ids[:1] == ids[1:2] == [tokenizer.bos_token_id]:
-        print(f"prompt {number} begins with {tokenizer.bos_token!r} twice: the chat template and the tokenizer both put it there",
-              file=sys.stderr)
-    return lines + ([f"demonstration: {json.dumps(problem.solution, ensure_ascii=False)}"] if problem.solution is not None else [])
+        print(f"prompt {number} begins with {tokenizer.bos_token!r} twice: the chat template and the tokenizer both put it "
+              "there", file=sys.stderr)
+    return lines + ([f"demonstration: {quoted(problem.solution)}"] if problem.solution is not None else [])
+
+
+def quoted(value):
+    return json.dumps(value, ensure_ascii=False)
 
 
 def visible(ids, tokenizer):

@@ -46,8 +46,8 @@ def parse_row(line, where):
 
 
 def build_prompt(row, config, where, examples=()):
-    """The prompt of a row: text, or chat messages. examples: (question, answer text) pairs that stand before the question, as
-    turns of the chat, or as text with a line between question and answer. Raises UserError naming `where`."""
+    """The prompt of a row: text, or chat messages. examples: (question, answer text) pairs that stand before the question,
+    as turns of the chat, or as text with a line between question and answer. Raises UserError naming `where`."""
     question = question_of(row[config.prompt_column], config, where)
     shots = [(question_of(shown, config, where), answer) for shown, answer in examples]
     if config.prompt_format == "text":
@@ -56,7 +56,8 @@ def build_prompt(row, config, where, examples=()):
     system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
     if question[0]["role"] == "system":
         system, question = question[:1], question[1:]
-    turns = [m for shown, answer in shots for m in (*shown, {"role": "assistant", "content": answer}) if m["role"] != "system"]
+    turns = [m for shown, answer in shots for m in (*shown, {"role": "assistant", "content": answer})
+             if m["role"] != "system"]
     return [*system, *turns, *question]
 
 
@@ -77,8 +78,8 @@ def make_problem(row, config, where):
     for option in ("prompt_column", "answer_column", "solution_column"):
         column = vars(config)[option]
         if column and row.get(column) in (None, "", []):
-            raise UserError(f"{where}: no {column!r} (the row has {', '.join(map(repr, row)) or 'nothing'}); mend the row, or "
-                            f"set {option} to the right column" + ' ("" = no gold answers)' * (option == "answer_column"))
+            raise UserError(f"{where}: no {column!r} (the row has {', '.join(map(repr, row)) or 'nothing'}); mend the row, "
+                            f"or set {option} to the right column" + ' ("" = no gold answers)' * (option == "answer_column"))
     prompt, answer = build_prompt(row, config, where), row.get(config.answer_column)
     text = None if answer is None else str(answer)
     marked = text is not None and "####" in text

@@ -36,7 +36,8 @@ def choices(weights, seed, count):
     """(count,) which of the data sets stands at each position, each with its share of the weights: Philox with key (seed,
     stream) and the block as counter, so a position's choice depends on nothing else."""
     shares = np.cumsum(weights) / np.sum(weights)
-    raw = [np.random.Philox(key=[seed, 0x6D6978], counter=[0, block, 0, 0]).random_raw(BLOCK) for block in range(-(-count // BLOCK))]
+    raw = [np.random.Philox(key=[seed, 0x6D6978], counter=[0, block, 0, 0]).random_raw(BLOCK)
+           for block in range(-(-count // BLOCK))]
     uniforms = (np.concatenate(raw)[:count] >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return np.minimum(np.searchsorted(shares, uniforms, side="right"), len(shares) - 1)
 
@@ -65,8 +66,9 @@ class PromptStream:
         for source in self.sources:
             for level, options in enumerate(source.levels):
                 if (source.name, level) not in self.pools:
-                    raise UserError(f"dataset {source.config.dataset!r} has no training problem" + f" at level {level} ({options})" *
-                                    bool(source.config.curriculum) + "; rows given from Python can't be mixed or have levels")
+                    at = f" at level {level} ({options})" if source.config.curriculum else ""
+                    raise UserError(f"dataset {source.config.dataset!r} has no training problem{at}; rows given from Python "
+                                    "can't be mixed or have levels")
 
     def take(self, start, count, curriculum):
         """The `count` problems from position `start`, at the levels of `curriculum`."""
@@ -110,8 +112,8 @@ class PromptStream:
             mean = sum(recent) / len(recent)
             if len(recent) == window and mean >= plan["raise_at"] and level + 1 < len(plan["levels"]):
                 level, recent = level + 1, []
-                lines.append(f"{source.name or source.config.dataset}: level {level} ({plan['levels'][level]!r}) from here, after a "
-                             f"mean reward of {mean:.3f} over {window} rollout batches")
+                lines.append(f"{source.name or source.config.dataset}: level {level} ({plan['levels'][level]!r}) from here, "
+                             f"after a mean reward of {mean:.3f} over {window} rollout batches")
             state[source.name] = {"level": level, "recent": recent}
         self.seen = {}
         return state, lines
@@ -141,18 +143,20 @@ def augmented(problem, config, functions, epoch, fits):
     for spec, function in functions:
         try:
             row = function(row, rng)
-        except Exception as error:                       # the user's code may raise anything
+        except (Exception, SystemExit) as error:         # the user's code may raise anything
             raise UserError(f"augment {spec!r} raised {type(error).__name__}: {error} on {where}") from error
         if not isinstance(row, dict) or not row.get(config.prompt_column):
-            raise UserError(f"augment {spec!r} must return the row with its {config.prompt_column!r}, got {row!r} for {where}")
+            raise UserError(f"augment {spec!r} must return the row with its {config.prompt_column!r}, got {row!r} for "
+                            f"{where}")
         kept = {"answer", config.answer_column} & problem.columns.keys()
         if changed := [name for name in kept if row.get(name) != problem.columns[name]]:
-            raise UserError(f"augment {spec!r} changed {changed[0]!r} from {problem.columns[changed[0]]!r} to {row.get(changed[0])!r} "
-                            f"for {where}; the gold answer must stay what it is")
+            raise UserError(f"augment {spec!r} changed {changed[0]!r} from {problem.columns[changed[0]]!r} to "
+                            f"{row.get(changed[0])!r} for {where}; the gold answer must stay what it is")
     solution = row.get(config.solution_column) if config.solution_column else problem.solution
-    new = replace(problem, prompt=build_prompt(row, config, f"augment of {where}", problem.examples), columns=row, solution=solution)
+    prompt = build_prompt(row, config, f"augment of {where}", problem.examples)
+    new = replace(problem, prompt=prompt, columns=row, solution=solution)
     if not fits(new):
-        print(f"augment made a prompt longer than max_prompt_length ({config.max_prompt_length} tokens), so it stays as it was: "
-              f"{where}", file=sys.stderr)
+        print(f"augment made a prompt longer than max_prompt_length ({config.max_prompt_length} tokens), so it stays as it "
+              f"was: {where}", file=sys.stderr)
         return problem
     return new

@@ -3,6 +3,7 @@ What `datasets` and `curriculum` say: the data sources of a run, each at its lev
 """
 
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 
 from mlx_grpo import ConfigError, MLXGRPOConfig, check_option, nearest
@@ -41,8 +42,8 @@ def sources_of(config):
             raise ConfigError(f"{where}: names no dataset; each table needs one, {{ dataset = \"my.jsonl\", weight = 1.0 }}")
         for key in table:
             if key not in (*OWN, "name", "weight"):
-                raise ConfigError(f"{where}: {key!r} can't be set for one data set{nearest(key, OWN)}; there are name, weight, "
-                                  f"{', '.join(OWN)}")
+                raise ConfigError(f"{where}: {key!r} can't be set for one data set{nearest(key, OWN)}; there are name, "
+                                  f"weight, {', '.join(OWN)}")
         weight, name = table.get("weight", 1.0), table.get("name", short_name(table["dataset"]))
         if type(weight) not in (int, float) or not 0 < weight < float("inf"):
             raise ConfigError(f"{where}: weight must be a number above 0, got {weight!r}")
@@ -63,8 +64,8 @@ def short_name(dataset):
 def check_data(config):
     """Contradictions between the options of the data. Raises ConfigError."""
     if config.watch and config.datasets and config.few_shot and isinstance(config.few_shot, int):
-        raise ConfigError("few_shot draws the examples of watched rows from one data set, and datasets names several; name a file "
-                          "of examples instead")
+        raise ConfigError("few_shot draws the examples of watched rows from one data set, and datasets names several; name "
+                          "a file of examples instead")
     for name in ("augment", "curriculum"):
         if config.watch and vars(config)[name]:
             raise ConfigError(f"watch trains on the rows as they come, so {name} has no place; remove one of them")
@@ -74,10 +75,11 @@ def check_data(config):
         sources_of(config)
         return
     if config.dataset_options and not config.dataset.startswith(MADE):
-        raise ConfigError(f"dataset_options are for synthetic tasks and reasoning_gym, and dataset is {config.dataset!r}; remove "
-                          "them, or use dataset = \"synthetic:chain\"")
+        raise ConfigError(f"dataset_options are for synthetic tasks and reasoning_gym, and dataset is {config.dataset!r}; "
+                          "remove them, or use dataset = \"synthetic:chain\"")
     if isinstance(config.few_shot, str) and Path(config.few_shot).suffix not in (".jsonl", ".csv", ".parquet"):
-        raise ConfigError(f"few_shot must be a number of examples or a .jsonl, .csv or .parquet file, got {config.few_shot!r}")
+        raise ConfigError("few_shot must be a number of examples or a .jsonl, .csv or .parquet file, got "
+                          f"{config.few_shot!r}")
     for spec in config.augment:
         if ".py:" not in spec:
             raise ConfigError(f"augment: {spec!r} is not file.py:function")
@@ -93,14 +95,15 @@ def check_curriculum(config):
     unknown = [key for key in plan if key not in known]
     rules = [
         (unknown, f"{unknown and unknown[0]!r} is not one of {', '.join(known)}{nearest(unknown and unknown[0], known)}"),
-        (not config.dataset.startswith(MADE), f"it needs data that is made, synthetic:<task> or reasoning_gym:<task>, and dataset "
-         f"is {config.dataset!r}"),
+        (not config.dataset.startswith(MADE), f"it needs data that is made, synthetic:<task> or reasoning_gym:<task>, and "
+         f"dataset is {config.dataset!r}"),
         (not isinstance(levels, list) or len(levels) < 2, f"levels must list at least two values of option, got {levels!r}"),
-        (not tables and not isinstance(plan.get("option"), str), "option must name the key of dataset_options that levels are "
-         f"values of, got {plan.get('option')!r}"),
+        (not tables and not isinstance(plan.get("option"), str), "option must name the key of dataset_options that levels "
+         f"are values of, got {plan.get('option')!r}"),
         (tables and "option" in plan, "levels are tables of dataset_options, so option has no use; remove it"),
-        (type(plan.get("raise_at")) not in (int, float), "raise_at must be the mean reward that the next level begins at, got "
-         f"{plan.get('raise_at')!r}"),
+        (type(plan.get("raise_at")) not in (int, float) or not isfinite(plan["raise_at"]),
+         "raise_at must be the mean reward that the next level begins at, "
+         f"got {plan.get('raise_at')!r}"),
         (type(window) is not int or window < 1, f"window must be a number of rollout batches from 1, got {window!r}"),
     ]
     for broken, message in rules:
@@ -108,5 +111,5 @@ def check_curriculum(config):
             raise ConfigError(f"curriculum: {message}")
     names = [r.rpartition(":")[2].removesuffix("_reward_func") for r in config.rewards]
     if plan.get("reward", names[0]) not in names:
-        raise ConfigError(f"curriculum: reward is {plan['reward']!r}, and the rewards are {', '.join(names)}; leave it out for "
-                          "their weighted sum")
+        raise ConfigError(f"curriculum: reward is {plan['reward']!r}, and the rewards are {', '.join(names)}; leave it out "
+                          "for their weighted sum")

@@ -111,8 +111,8 @@ class WatchTrainer(MLXGRPOTrainer):
         args = replace(args, save_best=args.save_best or "eval/exact_match")
         super().__init__(model, tokenizer, reward_funcs, args, train_dataset, eval_dataset, **options)
         if args.save_best.startswith("eval/") and not (self.eval_dataset and args.eval_steps):
-            raise ConfigError(f"watch promotes by {args.save_best}, and there is no evaluation: set eval_steps, and eval_samples "
-                              "with a data set that has held-out problems")
+            raise ConfigError(f"watch promotes by {args.save_best}, and there is no evaluation: set eval_steps, and "
+                              "eval_samples with a data set that has held-out problems")
         self.total_steps = args.max_steps or ENDLESS
         self.asked = {self.question(problem) for problem in self.eval_dataset}
         self.examples = Examples(self.train_dataset, args)
@@ -135,7 +135,8 @@ class WatchTrainer(MLXGRPOTrainer):
 
     def question(self, problem):
         """What a problem asks, its examples left out."""
-        return json.dumps(problem.columns.get(self.args.prompt_column, problem.prompt) if problem.examples else problem.prompt)
+        asked = problem.columns.get(self.args.prompt_column) if problem.examples else None
+        return json.dumps(problem.prompt if asked is None else asked)
 
     # -- rows instead of an order
 
