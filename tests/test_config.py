@@ -68,6 +68,8 @@ def wrong_values(name):
              "list[str]": [(text, "list"), ("[1]", "list")],
              "list[float]": [("1.0", "list"), ('["a"]', "list"), ("[true]", "list"), ("[nan]", "finite")],
              "int | list[int]": [(text, "whole"), ("1.5", "whole"), ("true", "whole")],
+             "list[dict]": [("{a = 1}", "list"), ("[1]", "list")],
+             "int | str": [("1.5", "whole"), ("true", "whole"), ("[1]", "whole")],
              "bool | str": [("2", "true, false"), ("1.5", "true, false")]}[kind]
     if rule["choices"]:
         wrong.append(('"x"' if "str" in kind else "1", "one of"))
