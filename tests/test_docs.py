@@ -9,7 +9,7 @@ from conftest import ROOT
 from mlx_grpo import COMMANDS, OPTIONS, ConfigError, load_config, make_parser
 
 PAGES = [ROOT / "README.md", ROOT / "utils/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_OPTIONS = ("patient", "partial", "allow_unsandboxed")       # of utils/convert_nemo.py and of rewards
+NOT_OPTIONS = ("patient", "partial", "allow_unsandboxed", "levels")       # of convert_nemo.py, rewards, curriculum
 PARAMS = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
