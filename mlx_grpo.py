@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import importlib
 import importlib.util
 import json
 import math
@@ -444,31 +443,7 @@ def with_recipe(plain_init):
 
 
 MLXGRPOConfig.__init__ = with_recipe(MLXGRPOConfig.__init__)
-OTHER_NAMES = {  # what TRL, verl, mlx-lm-lora and mlx-lm call the same thing
-    "beta": "kl_coeff", "kl_coef": "kl_coeff", "kl_loss_coef": "kl_coeff", "epsilon": "clip_eps", "clip_ratio": "clip_eps",
-    "cliprange": "clip_eps", "epsilon_high": "clip_eps_high", "clip_ratio_high": "clip_eps_high",
-    "group_size": "num_generations", "n": "num_generations", "rollout_n": "num_generations",
-    "num_train_epochs": "num_epochs", "epochs": "num_epochs", "total_epochs": "num_epochs", "iters": "max_steps",
-    "total_training_steps": "max_steps", "per_device_train_batch_size": "batch_size", "train_batch_size": "batch_size",
-    "grad_accumulation_steps": "gradient_accumulation_steps", "lr": "learning_rate", "max_length": "max_completion_length",
-    "response_length": "max_completion_length", "max_response_length": "max_completion_length",
-    "model": "model_name", "model_path": "model_name", "model_name_or_path": "model_name", "data": "dataset",
-    "dataset_name": "dataset", "reward_funcs": "rewards", "reward_functions": "rewards",
-    "steps_per_report": "logging_steps", "steps_per_eval": "eval_steps", "save_every": "save_steps", "save_freq": "save_steps",
-    "test_freq": "eval_steps", "grad_clip": "max_grad_norm", "lr_schedule": "lr_scheduler_type", "loss_agg_mode": "loss_type",
-    "grpo_loss_type": "loss_type", "torch_dtype": "dtype", "bf16": "dtype", "fp16": "dtype", "torch_compile": "use_compile",
-    "optim_beta1": "adam_beta1", "optim_beta2": "adam_beta2", "norm_adv_by_std_in_grpo": "scale_rewards",
-    "mask_truncated": "mask_truncated_completions", "max_tokens": "max_new_tokens",
-    "max_seq_length": "max_prompt_length", "epsilon_low": "clip_eps", "clip_ratio_low": "clip_eps",
-    "use_bias_correction_kl": "kl_estimator", "kl_loss_type": "kl_estimator",
-    "lr_warmup_steps_ratio": "warmup_ratio", "shuffle_dataset": "shuffle", "data_seed": "seed",
-    "log_completions": "log_jsonl",
-    "train_files": "dataset", "prompt_key": "prompt_column", "experiment_name": "run_name", "run_id": "run_name",
-    "default_local_dir": "output_dir", "train_type": "fine_tune_type", "num_layers": "lora_layers", "lora_r": "lora_rank",
-    "rank": "lora_rank", "scale": "lora_scale", "grad_checkpoint": "gradient_checkpointing", "optim": "optimizer",
-    "target_modules": "lora_keys", "lora_target_modules": "lora_keys",
-    "dataset_train_split": "dataset_split", "dataset_test_split": "eval_split", "max_grad_value": "max_grad_norm",
-}
+from mlx_grpo.other_names import OTHER_NAMES  # noqa: E402
 
 
 def option_default(name):
@@ -2477,29 +2452,7 @@ COMMANDS = {   # name: (module with add_arguments(parser) and run_command's func
     "completion": ("completion", "completion of this command line for bash, zsh or fish"),
 }
 
-
-def make_parser(chosen=None):
-    """The parser of the whole command line; only the chosen command's module is imported, and its options declared."""
-    from mlx_grpo.command_line import Parser
-    from mlx_grpo.help_text import help_of
-
-    parser = Parser(prog="mlx_grpo.py", **help_of("""GRPO fine-tuning of language models on MLX.
-
-        examples:
-        python mlx_grpo.py --config configs/prod.toml --set num_generations=16
-        python mlx_grpo.py plan --help
-        """))
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
-    for name, (module, help) in COMMANDS.items():
-        if name != chosen:
-            commands.add_parser(name, help=help)
-            continue
-        tool = importlib.import_module(f"mlx_grpo.{module}") if module else None
-        add_arguments, function = (tool.add_arguments, tool.run) if tool else (add_train_arguments, train_command)
-        sub = commands.add_parser(name, help=help, **help_of(function.__doc__))
-        add_arguments(sub)
-        sub.set_defaults(function=function)
-    return parser
+from mlx_grpo.command_line import make_parser  # noqa: E402
 
 
 def main(argv=None):
