@@ -40,8 +40,8 @@ SHAPES = {  # name: config.json of a random model
 }
 
 
-def random_model(directory, shape="7m", vocab_size=8192, dtype="float32", ends_early=False):
-    """Write a random model of SHAPES with a tokenizer of bytes; returns its path. Its end token lies behind the vocabulary,
+def random_model(directory, name="7m", vocab_size=8192, dtype="float32", ends_early=False, shape=None):
+    """Write a random model of SHAPES (or of `shape`, a config.json to be called `name`) with a tokenizer of bytes; returns its path. Its end token lies behind the vocabulary,
     so completions run to their limit in every program; ends_early: the last ids of the vocabulary end it instead, so
     that lengths differ, with a mean of about 128 tokens whatever the limit."""
     import importlib
@@ -49,13 +49,14 @@ def random_model(directory, shape="7m", vocab_size=8192, dtype="float32", ends_e
     from mlx.utils import tree_map
     from mlx_lm.utils import save_model
 
-    path = Path(directory, f"{shape}-{vocab_size}-{dtype}" + "-ends" * ends_early)
+    path = Path(directory, f"{name}-{vocab_size}-{dtype}" + "-ends" * ends_early)
     if path.exists():
         return str(path)
+    shape = shape or SHAPES[name]
     ends = vocab_size // 128 if ends_early else 0
-    config = {**SHAPES[shape], "architectures": [SHAPES[shape]["model_type"].capitalize() + "ForCausalLM"],
+    config = {**shape, "architectures": [shape["model_type"].capitalize() + "ForCausalLM"],
               "vocab_size": vocab_size, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 8192,
-              "tie_word_embeddings": True, "torch_dtype": dtype, "bos_token_id": 1, "pad_token_id": 0,
+              "tie_word_embeddings": shape.get("tie_word_embeddings", True), "torch_dtype": dtype, "bos_token_id": 1, "pad_token_id": 0,
               "eos_token_id": list(range(vocab_size - ends, vocab_size)) if ends else vocab_size}
     code = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     mx.random.seed(0)

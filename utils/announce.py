@@ -5,12 +5,14 @@ from dataclasses import asdict
 
 import mlx.core as mx
 
-from mlx_grpo import count_parameters, old_logprobs_kind, options_without_effect
+from mlx_grpo import count_parameters, old_logprobs_kind, options_without_effect, render_prompt
 from mlx_grpo.run_files import read_metrics
 
 
 def announce(trainer, config, sources, command):
     """What is about to run, in a few lines: sizes, what is trained, the objective, options without effect."""
+    from mlx_grpo.plan import warning
+
     model, run_dir = trainer.model, trainer.run_dir
     print(f"{config.model_name}: {count_parameters(model) / 1e6:.1f}M parameters, {str(trainer.dtype).split('.')[-1]} on "
           f"{mx.default_device()} | {len(trainer.train_dataset)} problems, {len(trainer.eval_dataset)} held out | "
@@ -22,6 +24,9 @@ def announce(trainer, config, sources, command):
             f"{name} = {asdict(config)[name]!r} (recipe {config.recipe}) | " for name, source in sources.items()
             if source.startswith("recipe")) + "loss " + config.loss_type, flush=True)
         for line in options_without_effect(config, sources):
+            print(line, file=sys.stderr)
+        if line := warning(config, max(len(render_prompt(trainer.tokenizer, p, config)) for p in trainer.train_dataset),
+                           len(trainer.eval_dataset)):
             print(line, file=sys.stderr)
     if not trainer.tokenizer.has_chat_template:
         print("the tokenizer has no chat template: messages are joined as plain text", file=sys.stderr)
