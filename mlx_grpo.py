@@ -1742,7 +1742,6 @@ class MLXGRPOTrainer:
         self.args, self.tokenizer = args, tokenizer
         self.callbacks = all_callbacks(args, callbacks)
         check_loss(args.loss_type)
-        check_end_token(model, tokenizer, args)
         self.scorer = Scorer(find_rewards(reward_funcs, args.reward_options), args.reward_weights, args.on_reward_error,
                              args.max_reward_errors)
         self.train_dataset = fitting_problems(as_problems(train_dataset, args), tokenizer, args)
@@ -2016,7 +2015,7 @@ class MLXGRPOTrainer:
             value, metrics, part = self.gradients(batch, *totals, shared=shared)
             loss += value
             parts.append(metrics)
-            gradients = part if gradients is None else add_to(gradients, part)
+            gradients, part = part if gradients is None else add_to(gradients, part), None      # one copy less in the next pass
         metrics = finish_metrics(merge_metrics(parts), share)
         self.check_health(loss, metrics)
         norm = self.learner.update(self.hooked(gradients), learning_rate)
@@ -2339,7 +2338,7 @@ class SFTTrainer(MLXGRPOTrainer):
         for batch, shared in ((part, shared) for batch in batches for _, part, shared in self.passes(batch)):
             value, _, part = self.gradients(batch, num_tokens, shared=shared)
             loss += value
-            gradients = part if gradients is None else add_to(gradients, part)
+            gradients, part = part if gradients is None else add_to(gradients, part), None      # one copy less in the next pass
         learning_rate = learning_rate_at(step, self.total_steps, self.args)
         norm = self.learner.update(self.hooked(gradients), learning_rate)
         self.step_count, self.num_tokens = step, self.num_tokens + sum(b.mask.size for b in batches)
@@ -2389,6 +2388,7 @@ def train_command(args):
     config, memory = after_death(run_dir, config)
     train, held_out = load_problems(config)
     model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
+    check_end_token(model, tokenizer, config)          # here: a benchmark's model never ends on purpose
     options = {"run_dir": run_dir, "callbacks": callbacks}
     if args.command == "sft":
         trainer = SFTTrainer(model, tokenizer, config, train, held_out, **options)

@@ -41,8 +41,8 @@ SHAPES = {  # name: config.json of a random model
 
 
 def random_model(directory, name="7m", vocab_size=8192, dtype="float32", ends_early=False, shape=None):
-    """Write a random model of SHAPES (or of `shape`, a config.json to be called `name`) with a tokenizer of bytes; returns its path. Its end token lies behind the vocabulary,
-    so completions run to their limit in every program; ends_early: the last ids of the vocabulary end it instead, so
+    """Write a random model of SHAPES (or of `shape`, a config.json to be called `name`) with a tokenizer of bytes; returns
+    its path. Its end token lies behind the vocabulary, so completions run to their limit in every program; ends_early: the last ids of the vocabulary end it instead, so
     that lengths differ, with a mean of about 128 tokens whatever the limit."""
     import importlib
 

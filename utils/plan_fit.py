@@ -39,11 +39,11 @@ def fitted(account, limit):
     """(changes, peak bytes with them): the fewest of candidates() in their order with which the peak is at most `limit`,
     or all that help."""
     changes, best = {}, account.peak
-    for change in candidates(account):
+    for change in [*candidates(account)] * 3:      # again, as another phase may have become the largest
         name = next(iter(change))
         if best <= limit:
             break
-        if vars(account.config)[name] == change[name]:
+        if changes.get(name, vars(account.config)[name]) == change[name]:
             continue
         peak = with_changes(account, changes | change).peak
         if peak < best:
