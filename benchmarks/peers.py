@@ -96,6 +96,7 @@ def our_trainer(o, **more):
     for name, value in o.get("constants", {}).items():
         assert name in vars(mlx_grpo), f"mlx_grpo has no {name}"
         setattr(mlx_grpo, name, value)
+    mlx_grpo.check_end_token = lambda *_: None      # these completions are to run to their limit
     P = len(o["prompts"])
     config = mlx_grpo.MLXGRPOConfig(**{
         "model_name": o["model"], "num_generations": o["G"], "batch_size": P, "gradient_accumulation_steps": 1,
