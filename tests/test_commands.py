@@ -231,7 +231,7 @@ def test_a_process_that_is_refused_exits_with_2_and_one_line(argv, tmp_path):
 
 
 def test_a_bug_keeps_its_traceback_and_exits_with_1(model, tmp_path):
-    (tmp_path / "mine.py").write_text("import mlx_grpo\nmlx_grpo.Scorer.__call__ = None\n"
+    (tmp_path / "mine.py").write_text("import mlx_grpo\nmlx_grpo.MLXGRPOTrainer.collect = None\n"
                                       "def f(completions): return []\n")
     run = process(*options(model, tmp_path, rewards=["mine.py:f"], eval_samples=0), cwd=tmp_path)
     assert run.returncode == 1 and "Traceback" in run.stderr and "TypeError" in run.stderr
