@@ -2436,7 +2436,7 @@ def add_train_arguments(parser):
                         help="train on the rows of a JSONL file as they are appended (docs/incremental.md)")
     parser.add_argument("--watch-idle", dest="set", action="append", type="watch_idle={}".format, metavar="SECONDS",
                         help="with --watch: end after so long without a new row")
-    parser.add_argument("--supervise", action="store_true", help="start again with --resume after a death (out of memory, a crash)")
+    parser.add_argument("--supervise", action="store_true", help="start again after a death (docs/reliability.md)")
 
 
 COMMANDS = {   # name: (module with add_arguments(parser) and run_command's function, or None for train_command; help)

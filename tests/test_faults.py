@@ -238,7 +238,7 @@ def test_a_directory_that_turns_read_only_stops_the_run_with_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("vanish", [lambda path: path.rename(path.with_name("moved")), shutil.rmtree], ids=["moved", "gone"])
-def test_a_directory_that_vanishes_stops_the_run_with_one_line_and_is_not_made_again(tmp_path, vanish):
+def test_the_command_stops_with_one_line_where_its_directory_vanishes(tmp_path, vanish):
     command = [*COMMAND, *options(tmp_path, eval_samples=0, max_steps=500, save_steps=0)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -288,3 +288,14 @@ def test_out_of_memory_is_survived_in_smaller_parts_that_compute_the_same(tmp_pa
     assert (rich / "r/completions.jsonl").read_text() == (poor / "r/completions.jsonl").read_text()
     record_property("fault", ["out of memory (RLIMIT_AS), supervised", done.stderr.count("the run died"),
                               ", ".join(f"{name} down to {value}" for name, value in limits.items())])
+
+
+# ---- the table
+
+def test_the_table_of_faults_names_tests_that_exist_and_all_of_this_file():
+    table = re.findall(r"^\|.*\|$", (ROOT / "docs/reliability.md").read_text(), re.M)
+    named = {tuple(name.split("::")) if "::" in name else ("test_faults.py", name)
+             for row in table for name in re.findall(r"`((?:\w+\.py::)?test_\w+)`", row)}
+    tests = {name: re.findall(r"^def (test_\w+)", (ROOT / "tests" / name).read_text(), re.M) for name in {file for file, _ in named}}
+    assert [(file, test) for file, test in named if test not in tests[file]] == []
+    assert {("test_faults.py", test) for test in tests["test_faults.py"][:-1]} <= named and len(table) > 15
