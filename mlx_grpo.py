@@ -1701,6 +1701,7 @@ def clip_metrics(ratio, A, mask, clip_eps, clip_eps_high, M):
 
 # ---- trainer ---------------------------------------------------------------------------------------------------------
 
+from mlx_grpo.distributed import find_world, launched  # noqa: E402
 from mlx_grpo.hooks import (  # noqa: E402
     TrainerCallback, all_callbacks, check_rollouts, closes_callbacks, configured_callbacks, restore, states)
 from mlx_grpo.step_metrics import (  # noqa: E402
@@ -1739,7 +1740,7 @@ class MLXGRPOTrainer:
 
     def __init__(self, model, tokenizer, reward_funcs, args, train_dataset, eval_dataset=None, *, rollout_func=None,
                  teacher=None, callbacks=None, run_dir=None):
-        self.args, self.tokenizer = args, tokenizer
+        self.args, self.tokenizer, self.world = args, tokenizer, find_world()
         self.callbacks = all_callbacks(args, callbacks)
         check_loss(args.loss_type)
         self.scorer = Scorer(find_rewards(reward_funcs, args.reward_options), args.reward_weights, args.on_reward_error,
@@ -1774,9 +1775,9 @@ class MLXGRPOTrainer:
         self.compiled = backend.compiles(args.use_compile)
         backend.set_limits(args.cache_limit_gb, args.wired_limit_gb)
         self.gradients = self.learner.gradients_of(self.compute_grpo_loss, self.compiled)
-        self.interrupted, self.save_s, self.best, self.bad_steps = None, 0.0, None, 0
+        self.signalled, self.interrupted, self.save_s, self.best, self.bad_steps = None, None, 0.0, None, 0
         self.samples = {}       # step -> (prompt, completion) of the first held-out problem
-        self.log, self.phase = RunLog(self.run_dir if args.log_jsonl else None), RunState()
+        self.log, self.phase = RunLog(self.run_dir if args.log_jsonl and self.world.first else None), RunState()
         self.writer = Writer(args.save_in_background)
         self.sync_old()
 
@@ -1796,6 +1797,7 @@ class MLXGRPOTrainer:
                 update = self.update_policy(self.window[0], rate)                              # 4. loss, gradient, update
                 break
             except NotFinite as error:
+                self.world.not_finite(error)
                 after, failed, self.window = self.prompts_drawn, self.window[0] if self.window else [], []
                 self.prompts_drawn = drawn if fresh else after       # the same prompts again, unless they are left out
                 if self.heal(error, failed):
@@ -1871,10 +1873,11 @@ class MLXGRPOTrainer:
         while True:
             problems = self.next_problems(wanted - len(kept)) if problems is None else problems
             self.phase("rollout", **rollout_shape(args, problems, args.num_generations))
-            with RewardWorkers(self.scorer, args.reward_workers, problems, self.trainer_state()) as workers:
-                rollouts = self.generate_responses(problems, sampled, workers.finished)
-                self.phase("rewards", rows=len(problems) * args.num_generations)
-                scores, extras, metrics = workers.score(rollouts)
+            mine, first = self.world.share(problems)
+            with RewardWorkers(self.scorer, args.reward_workers, problems, self.trainer_state(), self.world) as workers:
+                rollouts = self.generate_responses(mine, sampled + first, workers.finished) if mine else []
+                self.phase("rewards", rows=len(mine) * args.num_generations)
+                rollouts, scores, extras, metrics = workers.score(rollouts)
             groups = scores.reshape(len(rollouts), -1, scores.shape[-1])
             totals = self.total_rewards(rollouts, scores).reshape(len(rollouts), -1)
             self.stream.observe(rollouts, scores, totals.reshape(-1), list(self.scorer.functions))
@@ -1945,7 +1948,7 @@ class MLXGRPOTrainer:
         """The Batches of one forward pass each that `rows` (default: all) are cut into, with whether each shares prompts."""
         rows = list(range(len(batch.mask))) if rows is None else rows
         sharing = self.split.shares_prompts and self.args.prefix_sharing != "off"
-        for chosen in plan_passes(batch, rows, self.args.max_tokens_per_microbatch, sharing):
+        for chosen in plan_passes(batch, rows, self.args.max_tokens_per_microbatch, sharing) if rows else ():
             part = take_rows(batch, chosen, bucket(len(chosen), 1) - len(chosen) if self.compiled else 0)
             (P, L), (B, T) = part.prompts.shape, part.mask.shape
             shared = sharing and (self.args.prefix_sharing == "on" or P * L + B * T <= 0.8 * B * (L + T))
@@ -1957,13 +1960,13 @@ class MLXGRPOTrainer:
         """(log-probs, entropies) of a Batch by another model, or by this one as it is now, without gradient: (B, T), 0 under
         the mask."""
         found, pieces = np.zeros((2, *batch.mask.shape), dtype=np.float32), []
-        for rows, part, shared in self.passes(batch):
+        for rows, part, shared in self.passes(batch, self.world.rows(len(batch.mask))):
             scored = completion_logprobs(split, part, self.sampling.temperature, self.sampling.repetition_penalty,
                                          shared=shared and split.shares_prompts, pieces=pieces)
             evaluate_pieces(pieces)
             width = min(part.mask.shape[1], found.shape[2])
             found[:, rows, :width] = np.stack([np.array(x)[:len(rows), :width] for x in scored])
-        return tuple(mx.where(batch.mask > 0, mx.array(x), 0) for x in found)
+        return tuple(mx.where(batch.mask > 0, x, 0) for x in self.world.sum(mx.array(found)))
 
     def token_advantages(self, batch, advantages):
         """The advantages (B, 1) of a Batch; when distilling, (B, T): log p_teacher - log p_student of the sampled token (the
@@ -2004,7 +2007,7 @@ class MLXGRPOTrainer:
         split changes nothing. Rows without advantage cost nothing where nothing else needs them. Returns metrics."""
         totals = (mx.array(sum(len(b.mask) for b in batches)), sum(b.mask.sum() for b in batches), *self.entropy_totals(batches))
         rows, share = self.rows_that_count(batches)
-        loss, gradients, parts = 0.0, None, []
+        rows, loss, gradients, parts = self.world.groups(batches, rows), 0.0, None, []
         for batch, shared in ((b, s) for batch, chosen in zip(batches, rows) if chosen for _, b, s in self.passes(batch, chosen)):
             if self.args.lora_dropout:        # the old log-probs under this step's mask, by the sampler's weights
                 with self.dropout_mask(self.model_old):
@@ -2016,6 +2019,7 @@ class MLXGRPOTrainer:
             loss += value
             parts.append(metrics)
             gradients, part = part if gradients is None else add_to(gradients, part), None      # one copy less in the next pass
+        loss, parts, gradients = self.world.total(loss, parts, gradients, self.learner.master)
         metrics = finish_metrics(merge_metrics(parts), share)
         self.check_health(loss, metrics)
         norm = self.learner.update(self.hooked(gradients), learning_rate)
@@ -2143,7 +2147,7 @@ class MLXGRPOTrainer:
             metrics |= {"save_s": self.save_s, **self.writer.times()} | self.evaluate(last)
             self.save_s = 0.0
             self.phase("log")
-            stop = self.notify("on_step_end", metrics)
+            stop = self.world.stop(self, self.notify("on_step_end", metrics))
             self.log.metrics(metrics)
             if args.logging_steps and (self.step_count % args.logging_steps == 0 or last):
                 self.log.line(metrics, self.total_steps)
@@ -2164,6 +2168,9 @@ class MLXGRPOTrainer:
 
     def save_run(self, best=False):
         """checkpoint-N of the run, the links that lead to it, and older ones removed beyond save_total_limit."""
+        self.world.check_weights(self)
+        if not self.world.first:
+            return
         started, path = time.perf_counter(), self.run_dir / f"checkpoint-{self.step_count}"
         write = self.checkpoint_writer(path)
 
@@ -2334,11 +2341,12 @@ class SFTTrainer(MLXGRPOTrainer):
         started, step, size = time.perf_counter(), self.step_count + 1, self.args.batch_size
         batches = [sft_batch(self.tokenizer, problems[i:i + size], self.args) for i in range(0, len(problems), size)]
         num_tokens = sum(b.mask.sum() for b in batches)
-        loss, gradients = 0.0, None
-        for batch, shared in ((part, shared) for batch in batches for _, part, shared in self.passes(batch)):
+        loss, gradients, rows = 0.0, None, self.world.groups(batches, [list(range(len(b.mask))) for b in batches])
+        for batch, shared in ((part, shared) for batch, mine in zip(batches, rows) for _, part, shared in self.passes(batch, mine)):
             value, _, part = self.gradients(batch, num_tokens, shared=shared)
             loss += value
             gradients, part = part if gradients is None else add_to(gradients, part), None      # one copy less in the next pass
+        loss, _, gradients = self.world.total(loss, [], gradients, self.learner.master)
         learning_rate = learning_rate_at(step, self.total_steps, self.args)
         norm = self.learner.update(self.hooked(gradients), learning_rate)
         self.step_count, self.num_tokens = step, self.num_tokens + sum(b.mask.size for b in batches)
@@ -2356,11 +2364,11 @@ from mlx_grpo.manifest import check_manifest  # noqa: E402
 from mlx_grpo.run_files import (  # noqa: E402
     OLD_POLICY, REFERENCE, WINDOW, RunLog, arrays_of, load_checkpoint, read_metrics, save_arrays, save_checkpoint, save_tokenizer,
     save_weights, step_of, versions)
-from mlx_grpo.out_of_memory import after_death, batches_shape, rollout_shape, training_shape  # noqa: E402
+from mlx_grpo.out_of_memory import batches_shape, rollout_shape, training_shape  # noqa: E402
 from mlx_grpo.post_mortem import save_post_mortem  # noqa: E402
 from mlx_grpo.run_guard import (  # noqa: E402
     check_same_run, checkpoints_of, newest_valid, point_to, prune, run_lock_or_nothing, stop_on_signals, tidy)
-from mlx_grpo.run_dir import find_run_dir, write_run_config  # noqa: E402
+from mlx_grpo.run_dir import write_run_config  # noqa: E402
 from mlx_grpo.run_state import RunState  # noqa: E402
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -2373,10 +2381,15 @@ def train_command(args):
       python mlx_grpo.py sft --config configs/prod.toml --set run_name=warm-start
       python mlx_grpo.py train --config configs/prod.toml --resume
     """
+    with find_world() as world:
+        return start_training(args, world)
+
+
+def start_training(args, world):
     from mlx_grpo.files import check_free_space
 
     config, sources = load_config(args.config, args.set)
-    if args.supervise:
+    if args.supervise and world.size == 1:
         from mlx_grpo.supervise import supervise
 
         return supervise(args, config)
@@ -2384,8 +2397,7 @@ def train_command(args):
     callbacks = configured_callbacks(config)
     if config.watch and args.command == "sft":
         raise ConfigError("sft trains on the demonstrations of a data set; leave watch to `train`")
-    run_dir, checkpoint, config = find_run_dir(config, args.resume)
-    config, memory = after_death(run_dir, config)
+    run_dir, checkpoint, config, memory = world.start(config, args.resume, args.supervise)
     train, held_out = load_problems(config)
     model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
     check_end_token(model, tokenizer, config)          # here: a benchmark's model never ends on purpose
@@ -2398,22 +2410,24 @@ def train_command(args):
         trainer = WatchTrainer(model, tokenizer, rewards, config, train, held_out, **options)
     else:
         trainer = MLXGRPOTrainer(model, tokenizer, rewards, config, train, held_out, **options)
-    with (run_lock_or_nothing(run_dir, lambda: trainer.step_count or trainer.bad_steps),
-          trainer.phase.kept_in(run_dir, memory), trainer.writer):
+    with (world.on_first(run_lock_or_nothing, run_dir, lambda: trainer.step_count or trainer.bad_steps),
+          world.on_first(trainer.phase.kept_in, run_dir, memory), trainer.writer):
         if checkpoint:
             trainer.load_checkpoint(checkpoint)
         else:
             trainer.log.cut_after(-1)                  # what a run left that ended before its first checkpoint
-        tidy(run_dir)
-        check_free_space(run_dir, trainer.learner.checkpoint_bytes(), "a checkpoint")
-        write_run_config(run_dir, config, sources, args.command)
-        announce(trainer, config, sources, args.command)
+        if world.first:
+            tidy(run_dir)
+            check_free_space(run_dir, trainer.learner.checkpoint_bytes(), "a checkpoint")
+            write_run_config(run_dir, config, sources, args.command)
+            announce(trainer, config, sources, args.command)
+        world.check_ready(trainer)
         started = time.perf_counter()
         with stop_on_signals(trainer):
             trainer.train()
         if trainer.interrupted:
             saved = f"saved checkpoint-{trainer.step_count}; go on" if trainer.step_count else "nothing to save yet; start again"
-            print(f"stopped in {run_dir}: {saved} with the same command and --resume", file=sys.stderr)
+            world.first and print(f"stopped in {run_dir}: {saved} with the same command and --resume", file=sys.stderr)
             return 128 + trainer.interrupted
         print_summary(trainer, time.perf_counter() - started)
     return 0
@@ -2462,6 +2476,8 @@ def main(argv=None):
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
         argv.insert(0, "train")
     args = make_parser(argv[0]).parse_args(argv)
+    if args.function is not train_command and launched() > 1:
+        raise UserError(f"{args.command} runs in one process; mlx.launch is for train and sft")
     return args.function(args)
 
 

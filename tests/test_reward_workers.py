@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten
-from mlx_grpo import (MLXGRPOConfig, MLXGRPOTrainer, NotFinite, RewardError, Scorer, TrainerCallback, find_rewards, load_model,
-                      load_problems)
+from mlx_grpo import (MLXGRPOConfig, MLXGRPOTrainer, NotFinite, RewardError, Scorer, TrainerCallback, find_rewards, find_world,
+                      load_model, load_problems)
 from mlx_grpo.reward_workers import RewardWorkers
 from test_rewards import rollouts
 from test_trainer import numbers
@@ -89,10 +89,10 @@ def test_a_group_is_scored_while_others_decode(tiny, tmp_path, monkeypatch):
 
 def score_with(workers, functions, groups, **options):
     scorer = Scorer(find_rewards(functions), **options)
-    with RewardWorkers(scorer, workers, [g.problem for g in groups], None) as threads:
+    with RewardWorkers(scorer, workers, [g.problem for g in groups], None, find_world()) as threads:
         for place in reversed(range(len(groups))):
             threads.finished(place, groups[place])
-        return threads.score(groups)
+        return threads.score(groups)[1:]
 
 
 def groups(*texts):

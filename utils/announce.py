@@ -17,7 +17,8 @@ def announce(trainer, config, sources, command):
     print(f"{config.model_name}: {count_parameters(model) / 1e6:.1f}M parameters, {str(trainer.dtype).split('.')[-1]} on "
           f"{mx.default_device()} | {len(trainer.train_dataset)} problems, {len(trainer.eval_dataset)} held out | "
           f"{f'rows of {config.watch} in' if config.watch else trainer.total_steps} steps of {config.prompts_per_step} prompts"
-          + (f" x {config.num_generations}" if command == "train" else "") + f" | {run_dir}", flush=True)
+          + (f" x {config.num_generations}" if command == "train" else "")
+          + (f" in {trainer.world.size} processes" if trainer.world.size > 1 else "") + f" | {run_dir}", flush=True)
     print(trainer.learner.description(), flush=True)
     if command != "sft":
         print(f"old log-probs: {old_logprobs_kind(config)} | " + "".join(

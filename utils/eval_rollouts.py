@@ -5,7 +5,7 @@ gives these names out again.
 
 import numpy as np
 
-from mlx_grpo import EVAL, Sampling, completion_metrics, is_right, sample_completions
+from mlx_grpo import EVAL, Sampling, completion_metrics, find_world, is_right, sample_completions
 
 
 def eval_rollouts(model, tokenizer, problems, config, sampling=None, *, num_generations=1, first_prompt=0):
@@ -26,7 +26,8 @@ def right_answers(rollout):
 def evaluate(model, tokenizer, problems, config):
     """({"exact_match", "mean_length", "clipped_ratio"}, [completion text]): one completion for each problem. With several data
     sets, exact_match/<name> for each of them too."""
-    rollouts = eval_rollouts(model, tokenizer, problems, config)
+    sample = lambda mine, first: eval_rollouts(model, tokenizer, mine, config, first_prompt=first)
+    rollouts = find_world().rollouts(problems, sample)
     lengths = completion_metrics(rollouts)
     right, sources = np.array([right_answers(r)[0] for r in rollouts]), np.array([p.source for p in problems])
     by_source = {f"exact_match/{name}": float(right[sources == name].mean()) for name in sorted(set(sources.tolist())) if name}

@@ -281,7 +281,10 @@ class HealthMonitor(TrainerCallback):
     def __init__(self, thresholds):
         check_thresholds(thresholds)
         self.thresholds = THRESHOLDS | thresholds
-        self.state = {"counts": {}, "history": {}, "best": None}
+        self.state, self.talks = {"counts": {}, "history": {}, "best": None}, True
+
+    def on_train_begin(self, trainer):
+        self.talks = trainer.world.first          # of several processes one prints
 
     def on_step_end(self, trainer, metrics):
         metrics |= machine_readings(metrics["peak_gb"])
@@ -296,7 +299,7 @@ class HealthMonitor(TrainerCallback):
     def warn(self, name, text, metrics):
         """Count the warning in `metrics`; the first time, print it."""
         count = metrics[metric_name(name)] = self.state["counts"][name] = self.state["counts"].get(name, 0) + 1
-        if count == 1:
+        if count == 1 and self.talks:
             print(f"step {metrics['step']}: warning: {text} [health/{name}]", file=sys.stderr, flush=True)
 
     def remember(self, metrics):

@@ -6,18 +6,21 @@ run there. MLX is not touched in these threads: its streams belong to the thread
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 
 class RewardWorkers:
     """Scores the rollouts of one batch of problems, in `count` threads; 0 = all together, when they are asked for.
 
-        with RewardWorkers(scorer, 2, problems, trainer_state) as workers:
+        with RewardWorkers(scorer, 2, problems, trainer_state, world) as workers:
             rollouts = ...                                           # workers.finished(place, rollout) as each one is done
-            scores, extras, metrics = workers.score(rollouts)        # as scorer(rollouts, trainer_state) gives them
+            rollouts, scores, extras, metrics = workers.score(rollouts)
 
     Leaving the block by an exception calls no function that hasn't begun."""
 
-    def __init__(self, scorer, count, problems, trainer_state):
-        self.scorer, self.trainer_state, self.calls = scorer, trainer_state, {}
+    def __init__(self, scorer, count, problems, trainer_state, world):
+        self.scorer, self.problems, self.trainer_state, self.world, self.calls = scorer, problems, trainer_state, world, {}
+        self.errors = scorer.errors
         self.columns = set().union(*(p.columns for p in problems))
         self.pool = ThreadPoolExecutor(count, thread_name_prefix="reward") if count else None
 
@@ -43,6 +46,10 @@ class RewardWorkers:
         return [self.calls[place].result() for place in range(len(rollouts))]
 
     def score(self, rollouts):
-        """(scores, extras, metrics) of the rollouts, as a Scorer gives them. Raises RewardError."""
-        scores, extras, metrics = self.scorer.check(rollouts, self.trainer_state, self.parts(rollouts))
-        return scores, extras, self.scorer.finish(metrics)
+        """(rollouts, scores, extras, metrics) of these rollouts, as a Scorer gives them, and those that other processes have
+        sampled of the problems. Raises RewardError."""
+        found = np.zeros((0, len(self.scorer.functions))), {}, {}
+        if rollouts:
+            found = self.scorer.check(rollouts, self.trainer_state, self.parts(rollouts))
+        rollouts, scores, extras, metrics = self.world.scored(self.problems, self.scorer, self.errors, rollouts, *found)
+        return rollouts, scores, extras, self.scorer.finish(metrics)

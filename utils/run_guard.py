@@ -87,12 +87,14 @@ def stop_on_signals(trainer):
     """SIGINT and SIGTERM let the step finish, after which the trainer saves a checkpoint and stops; a second one ends the
     process at once, which leaves what is on disk whole as well."""
     def handle(number, frame):
-        if trainer.interrupted:
+        if trainer.signalled:
             trainer.phase.end("stopped")
             if sys.stdout.isatty():
                 os.write(1, b"\x1b[?25h\n")           # the cursor, which the live view hides
             os._exit(128 + number)
-        trainer.interrupted = number
+        trainer.signalled = number
+        if trainer.world.size == 1:            # else all processes agree on it after the step
+            trainer.interrupted = number
         print(f"{signal.Signals(number).name}: finishing the step, then saving; once more to end at once", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
