@@ -86,16 +86,16 @@ def run_case(name, output):
     np.savez(run_dir / f"weights-{world.rank}.npz", **{k: np.array(a) for k, a in tree_flatten(trainer.learner.master)})
 
 
-def start(command, folder, count=2, **env):
-    """Popen of `count` processes of a command, connected over loopback as mlx.launch does it."""
-    ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+def start(command, folder, places=(None, None), **env):
+    """Popen of a command, a process in each working directory of `places`, connected over loopback as mlx.launch does it."""
+    ports = [socket.create_server(("127.0.0.1", 0)) for _ in places]
     hosts = Path(folder) / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port.getsockname()[1]}"] for port in ports]))
     for port in ports:
         port.close()
     env = {**os.environ, "MLX_HOSTFILE": str(hosts), **env}
-    return [subprocess.Popen(command, env=env | {"MLX_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for rank in range(count)]
+    return [subprocess.Popen(command, env=env | {"MLX_RANK": str(rank)}, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True) for rank, place in enumerate(places)]
 
 
 def finish(processes, timeout=240):

@@ -74,13 +74,16 @@ def configured_callbacks(config):
 
 def all_callbacks(config, given=None):
     """A run's callbacks in their order: the health monitor, whose warnings the others see, then those `given`, or, where
-    that is None, the configuration's, then what shows and sends on all that these have found. Raises ConfigError."""
+    that is None, the configuration's, then, in the process that writes, what shows and sends on all that these have found.
+    Raises ConfigError."""
+    from mlx_grpo import find_world
     from mlx_grpo.health import HealthMonitor
     from mlx_grpo.live import LiveView
     from mlx_grpo.trackers import find_trackers
 
     own = find_callbacks(config.callbacks if given is None else given)
-    return [HealthMonitor(config.health), *own, *find_trackers(config.report_to), *[LiveView()] * config.live]
+    shown = [*find_trackers(config.report_to), *[LiveView()] * config.live] if find_world().first else []
+    return [HealthMonitor(config.health), *own, *shown]
 
 
 def closes_callbacks(train):
