@@ -2168,7 +2168,6 @@ class MLXGRPOTrainer:
 
     def save_run(self, best=False):
         """checkpoint-N of the run, the links that lead to it, and older ones removed beyond save_total_limit."""
-        self.world.check_weights(self)
         if not self.world.first:
             return
         started, path = time.perf_counter(), self.run_dir / f"checkpoint-{self.step_count}"

@@ -1,4 +1,4 @@
-"""Runs the cases of test_distributed.py: in this process, or as one of several (python tests/processes.py OUT, by a launcher)."""
+"""Runs the cases of test_distributed.py: in this process, or as one of several (python tests/processes.py OUT CASE ...)."""
 
 import json
 import os
@@ -14,20 +14,21 @@ import mlx_grpo  # noqa: E402, F401
 import numpy as np  # noqa: E402
 from mlx.optimizers import SGD  # noqa: E402, F401
 from mlx.utils import tree_flatten  # noqa: E402
-from mlx_grpo import (MLXGRPOConfig, MLXGRPOTrainer, SFTTrainer, TrainerCallback, find_world, load_model, load_problems,  # noqa: E402
-                      load_symbol)
+from mlx_grpo import (MLXGRPOConfig, MLXGRPOTrainer, SFTTrainer, TrainerCallback, find_world, load_model,  # noqa: E402
+                      load_problems, load_symbol)
 
 BASE = dict(
     model_name=str(ROOT / "data/demo_model"), dataset="synthetic:chain", system_prompt="", max_train_samples=32, seed=3,
-    rewards=["correctness", "strict_format", f"{Path(__file__)}:ragged"], num_generations=4, batch_size=2, gradient_accumulation_steps=2,
-    max_steps=2, max_new_tokens=12, max_completion_length=12, temperature=1.0, learning_rate=1e-4, lr_scheduler_type="constant",
-    max_grad_norm=1.0, update_every=1, eval_samples=5, eval_steps=2, eval_max_new_tokens=6, eval_every_updates=0, save_steps=0,
-    logging_steps=0)
+    rewards=["correctness", "strict_format", f"{Path(__file__)}:ragged"], num_generations=4, batch_size=2,
+    gradient_accumulation_steps=2, max_steps=2, max_new_tokens=12, max_completion_length=12, temperature=1.0, update_every=1,
+    learning_rate=1e-4, lr_scheduler_type="constant", max_grad_norm=1.0, eval_samples=5, eval_steps=2, eval_max_new_tokens=6,
+    eval_every_updates=0, save_steps=0, logging_steps=0)
 # Adam divides by the gradient's size, so that where the gradient is nearly 0 rounding alone moves a weight; SGD doesn't.
 PLAIN = dict(optimizer=f"{Path(__file__)}:SGD", learning_rate=0.1)
 CASES = {
     "grpo": dict(num_iterations=2, max_steps=4, clip_eps=0.01),
-    "lora": dict(fine_tune_type="lora", kl_coeff=0.1, batch_size=1, gradient_accumulation_steps=3, loss_type="bnpo", reward_workers=1),
+    "lora": dict(fine_tune_type="lora", kl_coeff=0.1, batch_size=1, gradient_accumulation_steps=3, loss_type="bnpo",
+                 reward_workers=1),
     "dapo": dict(loss_type="dapo", dynamic_sampling=True, minibatches=2, batch_size=1, clip_eps_high=0.28, max_steps=3,
                  mask_truncated_completions=True),
     "dr_grpo": PLAIN | dict(loss_type="dr_grpo", scale_rewards="batch", batch_size=3, gradient_accumulation_steps=1, top_p=0.9,
@@ -35,7 +36,8 @@ CASES = {
     "rloo": dict(loss_type="rloo", advantage="rloo", normalize_advantages=True, kl_coeff=0.05, kl_in="reward"),
     "quantised": dict(quantize_for_rollouts=True, rollout_bits=8, rollout_group_size=32, loss_type="luspo", update_every=2,
                       max_steps=3, gradient_accumulation_steps=1),
-    "entropy": dict(entropy_coef=0.01, entropy_adaptive=True, top_entropy_quantile=0.5, loss_type="sapo", repetition_penalty=1.2),
+    "entropy": dict(entropy_coef=0.01, entropy_adaptive=True, top_entropy_quantile=0.5, loss_type="sapo",
+                    repetition_penalty=1.2),
     "errors": PLAIN | dict(rewards=["strict_format", f"{Path(__file__)}:broken"], on_reward_error="skip"),
     "sft": dict(solution_column="direct", batch_size=3, gradient_accumulation_steps=1),
 }
@@ -94,8 +96,8 @@ def start(command, folder, places=(None, None), **env):
     for port in ports:
         port.close()
     env = {**os.environ, "MLX_HOSTFILE": str(hosts), **env}
-    return [subprocess.Popen(command, env=env | {"MLX_RANK": str(rank)}, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True) for rank, place in enumerate(places)]
+    return [subprocess.Popen(command, env=env | {"MLX_RANK": str(rank)}, cwd=place, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE) for rank, place in enumerate(places)]
 
 
 def finish(processes, timeout=240):

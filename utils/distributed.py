@@ -35,6 +35,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_grpo import ConfigError, MLXGRPOConfig, NotFinite, RewardError, Rollout, UserError
 
 PATIENCE_S = 1800      # that a process waits in one exchange for the others, before it takes them for lost
+CHECK_STEPS = 10       # steps between comparisons of the processes' weights
 PIECE = 64 << 20       # bytes of a file that are sent at once
 SENT = ("prompt_ids", "completion_ids", "logprobs", "env_mask", "ended", "texts", "inputs")     # of a Rollout, as JSON
 
@@ -56,7 +57,8 @@ def launched():
 
 @functools.cache
 def find_world():
-    """The World of this process; of one where no launcher has started it. Raises UserError where the others can't be reached."""
+    """The World of this process; of one where no launcher has started it. Raises UserError where the others can't be
+    reached."""
     count = launched()
     if count < 2:
         return World()
@@ -65,7 +67,8 @@ def find_world():
     except RuntimeError as error:
         raise UserError(f"the {count} processes can't be connected: {error}") from error
     if group.size() != count:
-        raise UserError(f"the launcher started {count} processes, and MLX connects {group.size()}: this MLX has no backend for it")
+        raise UserError(f"the launcher started {count} processes, and MLX connects {group.size()}: this MLX has no backend "
+                        "for it")
     return World(group)
 
 
@@ -88,7 +91,8 @@ class World:
         return found
 
     def meet(self, length=0, error=None):
-        """(size,) the lengths that the processes give; where one gives an error, PeerFailed, or its NotFinite, in the others."""
+        """(size,) the lengths that the processes give; where one gives an error, PeerFailed, or its NotFinite, in the
+        others."""
         kind = 0 if error is None else 2 if isinstance(error, NotFinite) else 1
         heads = self.all_gather(np.array([kind, length], dtype=np.int32))
         if not heads[:, 0].any():
@@ -97,7 +101,7 @@ class World:
         data = said.encode()[:4000]
         lengths = self.all_gather(np.array([len(data)], dtype=np.int32))[:, 0]
         texts = [raw.decode(errors="replace") for raw in self.exchange(data, lengths)]
-        rank = min(np.flatnonzero(heads[:, 0]), key=lambda rank: heads[rank, 0])         # an end counts more than a bad batch
+        rank = min(np.flatnonzero(heads[:, 0]), key=lambda rank: heads[rank, 0])     # an end counts more than a bad batch
         if heads[rank, 0] == 1 and kind != 1:
             self.over.set()
             raise PeerFailed(f"process {rank} failed: {texts[rank]}")
@@ -135,9 +139,12 @@ class World:
             self.meet(error=error)
 
     def stop(self, trainer, stop):
-        """Whether any process wants to stop after this step; trainer.interrupted becomes the signal that any of them got."""
+        """Whether any process wants to stop after this step; trainer.interrupted becomes the signal that any of them got. Now
+        and then also compares the weights."""
         if self.size == 1:
             return stop
+        if trainer.step_count % CHECK_STEPS == 0 or trainer.step_count == trainer.total_steps:
+            self.check_weights(trainer)
         found = self.gather([stop, trainer.signalled])
         trainer.interrupted = next((number for _, number in found if number), None)
         return any(stop for stop, _ in found)
@@ -164,11 +171,11 @@ class World:
         has least."""
         if self.size == 1:
             return rows
-        prompt_of, masks = [np.array(b.prompt_of) for b in batches], [np.array(b.mask).sum(axis=1) + 1 for b in batches]
+        prompt_of, sizes = [np.array(b.prompt_of) for b in batches], [np.array(b.mask).sum(axis=1) + 1 for b in batches]
         tokens, load, mine = {}, [0] * self.size, [[] for _ in batches]
         for b, chosen in enumerate(rows):
             for i in chosen:
-                tokens[b, prompt_of[b][i]] = tokens.get((b, prompt_of[b][i]), 0) + masks[b][i]
+                tokens[b, prompt_of[b][i]] = tokens.get((b, prompt_of[b][i]), 0) + sizes[b][i]
         for (b, prompt), size in sorted(tokens.items(), key=lambda item: -item[1]):
             rank = load.index(min(load))
             load[rank] += size
@@ -177,7 +184,8 @@ class World:
         return [sorted(chosen) for chosen in mine]
 
     def total(self, loss, parts, gradients, weights):
-        """(loss, metrics of all passes, gradients) of all processes together; gradients None = none here, weights: their shapes."""
+        """(loss, metrics of all passes, gradients) of all processes together. gradients None: there were no rows here;
+        weights: a tree of the same shapes."""
         if self.size == 1:
             return loss, parts, gradients
         if gradients is None:
@@ -214,14 +222,16 @@ class World:
             metrics.setdefault((name, kind), []).extend(values)
         scorer.errors = errors + sum(count for *_, count in found)
         if scorer.errors > scorer.max_errors and scorer.on_error == "skip":
-            raise RewardError(f"{scorer.errors} reward errors in all processes, more than max_reward_errors = {scorer.max_errors}")
+            raise RewardError(f"{scorer.errors} reward errors in all processes, more than max_reward_errors = "
+                              f"{scorer.max_errors}")
         return rollouts, scores, extras, metrics
 
     # -- the run
 
     def start(self, config, resume, supervised=False):
-        """(run directory, checkpoint or None, configuration, what is known of earlier deaths) as the first process finds them;
-        where another one can't see the checkpoint, its files are sent. Raises ConfigError for what processes can't share."""
+        """(run directory, checkpoint or None, configuration, what is known of earlier deaths) as the first process finds
+        them; where another one can't see the checkpoint, its files are sent. Raises ConfigError for what processes can't
+        share."""
         from mlx_grpo.out_of_memory import after_death
         from mlx_grpo.run_dir import find_run_dir
 
@@ -243,7 +253,8 @@ class World:
         if supervised:
             raise ConfigError(f"--supervise starts one process, and a launcher started {self.size}; leave it away")
         if config.watch:
-            raise ConfigError("watch reads rows as they arrive, which several processes would see at different times; run it in one")
+            raise ConfigError("watch reads rows as they arrive, which several processes would see at different times; run it "
+                              "in one")
         if prompts < self.size:
             raise ConfigError(f"batch_size * gradient_accumulation_steps * minibatches is {prompts} prompts, fewer than the "
                               f"{self.size} processes; raise one of them")
@@ -254,7 +265,7 @@ class World:
         seen = self.gather(sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None)
         if len(set(seen)) == 1:
             return checkpoint
-        names = [str(p.relative_to(checkpoint)) for p in sorted(checkpoint.rglob("*")) if p.is_file()] if self.first else None
+        names = sorted(str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()) if self.first else None
         lacking = seen[self.rank] != seen[0]
         target = Path(self.folders.enter_context(tempfile.TemporaryDirectory())) / checkpoint.name if lacking else checkpoint
         for name in self.gather(names)[0]:
@@ -348,5 +359,5 @@ def packed(rollout):
 
 
 def unpacked(problem, fields):
-    kept = fields["kept"] and [np.frombuffer(base64.b64decode(data), dtype=kind).reshape(shape) for kind, shape, data in fields["kept"]]
-    return Rollout(problem, **fields | {"kept": kept})
+    read = lambda kind, shape, data: np.frombuffer(base64.b64decode(data), dtype=kind).reshape(shape)
+    return Rollout(problem, **fields | {"kept": fields["kept"] and [read(*sets) for sets in fields["kept"]]})

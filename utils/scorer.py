@@ -198,7 +198,8 @@ class Scorer:
         calls = self.calls(rollouts, trainer_state)
         scores, extras, metrics = np.full((len(rows), len(calls)), np.nan), {}, {}
         for k, (name, call) in enumerate(zip(self.functions, calls)):
-            scores[:, k], logged, numbers = self.check_one(name, *call, joined(name, [p[k] for p in parts], sizes), sizes, rows)
+            found = joined(name, [part[k] for part in parts], sizes)
+            scores[:, k], logged, numbers = self.check_one(name, *call, found, sizes, rows)
             extras |= logged
             for key, values in numbers.items():
                 metrics.setdefault(key, []).extend(values)
@@ -222,10 +223,11 @@ class Scorer:
             lists, extras, metrics = found
             values, reason = [v for values in lists for v in values], "returned something else than a finite number"
             if wrong := [i for i, size in enumerate(sizes) if len(lists[i]) != size]:
-                reason, first = f"returned {len(lists[wrong[0]])} values for {sizes[0]} completions", rows[wrong[0] * sizes[0]]
+                reason = f"returned {len(lists[wrong[0]])} values for {sizes[0]} completions"
+                problem, _, text = rows[wrong[0] * sizes[0]]
                 if self.on_error == "stop":
-                    raise RewardError(f"reward {name!r} {reason}, the first of them {first[2]!r} to {first[0].prompt!r}; return "
-                                      "one value each")
+                    raise RewardError(f"reward {name!r} {reason}, the first of them {text!r} to {problem.prompt!r}; return one "
+                                      "value each")
                 values = [math.nan] * len(rows)
         column, bad = np.full(len(rows), np.nan), 0
         for i, value in enumerate(values):
