@@ -18,7 +18,8 @@ from processes import CASES, finish, run_case, start
 from test_trainer import numbers
 
 COMMAND = [sys.executable, str(ROOT / "mlx_grpo.py"), "--config", str(ROOT / "configs/demo.toml")]
-OPTIONS = dict(run_name="r", batch_size=2, num_generations=4, max_train_samples=64, max_steps=2, save_steps=1, eval_samples=3, eval_steps=2)
+OPTIONS = dict(run_name="r", batch_size=2, num_generations=4, max_train_samples=64, max_steps=2, save_steps=1, eval_samples=3,
+               eval_steps=2)
 
 
 def rows(path):
@@ -35,8 +36,9 @@ def assert_same_run(a, b):
         for one, other in zip(x, y):
             assert one.keys() == other.keys()
             for key in numbers(one):
-                if isinstance(one[key], (int, float)) or key == "token_logprobs":
-                    assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-4 if key == "token_logprobs" else 1e-5), (name, key)
+                if isinstance(one[key], (int, float)) or key == "token_logprobs":       # these are rounded to 4 digits
+                    near = 1e-4 if key == "token_logprobs" else 1e-5
+                    assert other[key] == pytest.approx(one[key], rel=1e-4, abs=near), (name, key)
                 else:
                     assert other[key] == one[key], (name, key)
 
@@ -57,7 +59,7 @@ def both(tmp_path_factory):
 def test_two_processes_make_the_updates_of_one(name, both):
     one, two = (folder / name for folder in both)
     start_of = mx.load(str(ROOT / "data/demo_model/model.safetensors"))
-    expected, first, second = (np.load(path) for path in (one / "weights-0.npz", two / "weights-0.npz", two / "weights-1.npz"))
+    expected, first, second = map(np.load, (one / "weights-0.npz", two / "weights-0.npz", two / "weights-1.npz"))
     for key in expected:
         assert np.array_equal(first[key], second[key]), f"the two processes differ in {key}"
         assert np.abs(first[key] - expected[key]).max() < 1e-5, key
@@ -83,29 +85,32 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     changes = dict(num_iterations=2, max_steps=3, eval_samples=0)
     alone = lambda *args, **changes: subprocess.run(command(*args, **changes), cwd=tmp_path, capture_output=True).returncode
     assert alone("whole", **changes) == alone("parts", **changes | {"max_steps": 1}) == 0
-    found = finish(start(command("parts", "--resume", **changes | {"max_steps": 2}), tmp_path, [tmp_path, tmp_path / "elsewhere"]))
+    resumed = command("parts", "--resume", **changes | {"max_steps": 2})
+    found = finish(start(resumed, tmp_path, [tmp_path, tmp_path / "elsewhere"]))
     assert [code for code, *_ in found] == [0, 0], found
     assert "2 processes" in found[0][1] and not found[1][1], "one process talks"
     assert alone("parts", "--resume", **changes) == 0 and not list((tmp_path / "elsewhere").iterdir())
     whole, parts = (tmp_path / name / "r" for name in ("whole", "parts"))
     a, b = (mx.load(str(path / "checkpoint-3/model.safetensors")) for path in (whole, parts))
     assert max(mx.abs(a[k] - b[k]).max().item() for k in a) < 1e-5
-    assert [m["step"] for m in read_metrics(parts)] == [1, 2, 3] and len(rows(parts / "completions.jsonl")) == len(rows(whole / "completions.jsonl"))
+    assert [m["step"] for m in read_metrics(parts)] == [1, 2, 3]
+    assert [r["completion"] for r in rows(parts / "completions.jsonl")] == [r["completion"] for r in rows(whole / "completions.jsonl")]
 
 
 def test_the_launcher_of_mlx_starts_a_run_in_which_one_process_writes(tmp_path):
     launcher = Path(sys.executable).with_name("mlx.launch")
-    with socket.create_server(("127.0.0.1", 0)) as free:          # two in a row are wanted: this one's neighbour is likely free
+    with socket.create_server(("127.0.0.1", 0)) as free:          # it takes two in a row: the neighbour is likely free
         port = free.getsockname()[1]
-    found = subprocess.run([launcher, "-n", "2", "-p", str(port), "--", *command(tmp_path)], capture_output=True, text=True, timeout=240,
-                           stdin=subprocess.DEVNULL)
+    found = subprocess.run([launcher, "-n", "2", "-p", str(port), "--", *command(tmp_path)], capture_output=True, text=True,
+                           timeout=240, stdin=subprocess.DEVNULL)
     assert found.stdout.count("step 2/2") == 1 and "2 processes" in found.stdout, found
     assert newest_valid(tmp_path / "r")[0].name == "checkpoint-2"
 
 
 def fails(tmp_path, how, rank, **changes):
     callback = f'["{Path(processes.__file__)}:Fails"]'
-    return start(command(tmp_path, callbacks=callback, max_steps=4, eval_samples=0, **changes), tmp_path, MLX_GRPO_TEST=f"{how} {rank}")
+    run = command(tmp_path, callbacks=callback, max_steps=4, eval_samples=0, **changes)
+    return start(run, tmp_path, MLX_GRPO_TEST=f"{how} {rank}")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

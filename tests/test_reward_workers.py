@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from mlx.utils import tree_flatten
-from mlx_grpo import (MLXGRPOConfig, MLXGRPOTrainer, NotFinite, RewardError, Scorer, TrainerCallback, find_rewards, find_world,
-                      load_model, load_problems)
+from mlx_grpo import (MLXGRPOConfig, MLXGRPOTrainer, NotFinite, RewardError, Scorer, TrainerCallback, find_rewards,
+                      find_world, load_model, load_problems)
 from mlx_grpo.reward_workers import RewardWorkers
 from test_rewards import rollouts
 from test_trainer import numbers
@@ -51,14 +51,16 @@ async def length(completions, log_metric):
 
 def run_of(tiny, run_dir, workers, **changes):
     """(metrics, completions, weights) of a run of three steps with reward errors, two rounds of sampling, two passes."""
-    trainer = trainer_of(tiny, run_dir, [even, length], reward_workers=workers, on_reward_error="skip", max_steps=3, **changes)
+    changes |= dict(reward_workers=workers, on_reward_error="skip", max_steps=3)
+    trainer = trainer_of(tiny, run_dir, [even, length], **changes)
     trainer.train()
     read = lambda name: [json.loads(line) for line in (run_dir / name).read_text().split("\n") if line]
     weights = {k: np.array(v) for k, v in tree_flatten(trainer.learner.master)}
     return [numbers(m) for m in read("metrics.jsonl")], read("completions.jsonl"), weights
 
 
-@pytest.mark.parametrize("changes", [{}, {"rollout_batch_size": 4, "num_iterations": 2}, {"dynamic_sampling": True, "max_gen_batches": 2}])
+@pytest.mark.parametrize("changes", [
+    {}, {"rollout_batch_size": 4, "num_iterations": 2}, {"dynamic_sampling": True, "max_gen_batches": 2}])
 def test_workers_change_no_number(changes, tiny, tmp_path):
     expected = run_of(tiny, tmp_path / "0", 0, **changes)
     assert expected[0][0]["even/rows"] == 12 - expected[0][0]["reward_errors"] < 12 and expected[1][0]["columns"]
@@ -105,7 +107,8 @@ def broken_on_b(completions):
 
 
 @pytest.mark.parametrize("function", [
-    broken_on_b, lambda completions: [float("nan") if text == "c" else 1.0 for text in completions], lambda completions, absent: 0])
+    broken_on_b, lambda completions: [float("nan") if text == "c" else 1.0 for text in completions],
+    lambda completions, absent: 0])
 def test_errors_read_as_they_do_without_workers(function):
     if function.__name__ == "<lambda>":
         function.__name__ = "wrong"
@@ -183,7 +186,8 @@ def test_sampling_that_fails_leaves_no_call_behind(tiny, tmp_path, monkeypatch):
         return sample(tokenizer, problem, *args, **kwargs)
 
     monkeypatch.setattr(mlx_grpo, "make_rollout", make_rollout)
-    trainer = trainer_of(tiny, tmp_path, [lambda completions: [0.0] * len(completions)], reward_workers=2, rollout_batch_size=4)
+    reward = lambda completions: [0.0] * len(completions)
+    trainer = trainer_of(tiny, tmp_path, [reward], reward_workers=2, rollout_batch_size=4)
     with pytest.raises(NotFinite):
         trainer.collect()
     assert not [t for t in threading.enumerate() if t.name.startswith("reward")]

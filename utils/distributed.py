@@ -139,8 +139,8 @@ class World:
             self.meet(error=error)
 
     def stop(self, trainer, stop):
-        """Whether any process wants to stop after this step; trainer.interrupted becomes the signal that any of them got. Now
-        and then also compares the weights."""
+        """Whether any process wants to stop after this step; trainer.interrupted becomes the signal that any of them got.
+        Now and then also compares the weights."""
         if self.size == 1:
             return stop
         if trainer.step_count % CHECK_STEPS == 0 or trainer.step_count == trainer.total_steps:
@@ -152,8 +152,8 @@ class World:
     def check_same(self, what, value):
         """Raises UserError where the processes' values differ."""
         if self.size > 1 and len({json.dumps(found) for found in self.gather(value)}) > 1:
-            raise UserError(f"the processes differ in {what}, so they can't train together: start them with the same files and "
-                            "versions")
+            raise UserError(f"the processes differ in {what}, so they can't train together: start them with the same files "
+                            "and versions")
 
     # -- shares
 
@@ -253,8 +253,8 @@ class World:
         if supervised:
             raise ConfigError(f"--supervise starts one process, and a launcher started {self.size}; leave it away")
         if config.watch:
-            raise ConfigError("watch reads rows as they arrive, which several processes would see at different times; run it "
-                              "in one")
+            raise ConfigError("watch reads rows as they arrive, which several processes would see at different times; run "
+                              "it in one")
         if prompts < self.size:
             raise ConfigError(f"batch_size * gradient_accumulation_steps * minibatches is {prompts} prompts, fewer than the "
                               f"{self.size} processes; raise one of them")

@@ -226,8 +226,8 @@ class Scorer:
                 reason = f"returned {len(lists[wrong[0]])} values for {sizes[0]} completions"
                 problem, _, text = rows[wrong[0] * sizes[0]]
                 if self.on_error == "stop":
-                    raise RewardError(f"reward {name!r} {reason}, the first of them {text!r} to {problem.prompt!r}; return one "
-                                      "value each")
+                    raise RewardError(f"reward {name!r} {reason}, the first of them {text!r} to {problem.prompt!r}; return "
+                                      "one value each")
                 values = [math.nan] * len(rows)
         column, bad = np.full(len(rows), np.nan), 0
         for i, value in enumerate(values):
