@@ -80,6 +80,8 @@ def save_arrays(file, arrays):
     try:
         mx.save_safetensors(str(file), dict(sorted(arrays.items())), metadata={"format": "mlx"})
     except RuntimeError as error:
+        with open(file, "ab"):                                # raises with the reason that MLX doesn't tell
+            pass
         full = shutil.disk_usage(file.parent).free < size
         raise OSError("No space left on device" if full else f"{file.name}: {error}") from error
     if file.stat().st_size < size:                            # a full disk may cut a file without an error
