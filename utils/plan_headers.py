@@ -1,12 +1,11 @@
 """
 Write the planned peak into the header of each shipped configuration.
 
-    python utils/plan_headers.py      # after a configuration, or plan's account, was changed; a test compares
+    python utils/plan_headers.py      # after a configuration was changed
 
 The peak is plan's estimate for a Mac (bfloat16, prompts as long as max_prompt_length allows), as `plan --memory` gives it.
 """
 
-import argparse
 import re
 import sys
 from dataclasses import replace
@@ -15,6 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a plain clone, from any directory
 
 from mlx_grpo import load_config, run_command
+from mlx_grpo.command_line import Parser
+from mlx_grpo.help_text import help_of
 from mlx_grpo.plan_account import Account, work_of
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -39,7 +40,7 @@ def header(path):
 
 
 def main():
-    argparse.ArgumentParser(description="Write the planned peak into the header of each shipped configuration.").parse_args()
+    Parser(**help_of(__doc__)).parse_args()
     for path in sorted(CONFIGS.glob("*.toml")):
         text, line = path.read_text(encoding="utf-8"), header(path)
         if LINE.search(text):

@@ -1,7 +1,6 @@
 """
 Peak memory and time of a run's phases, measured at a few rows on this machine and carried on to all of them.
-
-    python utils/plan_measure.py < trial.json     # what `plan` starts, a process of its own: {"config", "work"} as JSON
+It runs in a process of its own, so that `plan` itself stays small.
 
 A trial is the trainer's own step on the run's own model with prompts and completions of full length, but few rows. Then
 every array either doesn't depend on the number of rows (weights, moments, gradients) or is proportional to it, so the peak
@@ -17,15 +16,14 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a plain clone, from any directory
-
-import mlx_grpo  # noqa: E402
-from mlx_grpo import (  # noqa: E402
+import mlx_grpo
+from mlx_grpo import (
     HEAD_CHUNK, Decoder, MLXGRPOConfig, MLXGRPOTrainer, Problem, Rollout, load_model, run_command, train_sampling, vocabulary_of)
 
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
+import mlx.core as mx
+import numpy as np
 
+COMMAND = "import sys; sys.path.insert(0, sys.argv[1]); from mlx_grpo import plan_measure; plan_measure.start()"
 DECODED = 4          # tokens that are decoded in a trial
 CACHE_STEP = 256     # tokens by which mlx-lm's caches grow
 
@@ -66,7 +64,7 @@ class Trial:
                          watch="", watch_idle=0.0, watch_target=0.0, callbacks=[], health={})
         model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
         self.rng, self.vocab_size = np.random.default_rng(0), vocabulary_of(model)
-        self.trainer = MLXGRPOTrainer(model, tokenizer, [self.reward], config, [Problem("1", "1", {})], run_dir=tempfile.mkdtemp(),
+        self.trainer = MLXGRPOTrainer(model, tokenizer, [self.reward], config, [Problem("1", "1", {})], run_dir=tempfile.gettempdir(),
                                       rollout_func=self.sampled)
         self.update, self.trainer.learner.update = self.trainer.learner.update, self.noted_update
         self.lengths = 8, 8
@@ -144,8 +142,9 @@ def trial(config, work):
 def measure(config, work):
     """trial() in a process of its own. Returns {phase: {"bytes", "seconds"}} at full size: seconds of one pass, or of one
     token of all rows."""
-    done = subprocess.run([sys.executable, __file__], input=json.dumps({"config": asdict(config), "work": work}), text=True,
-                          stdout=subprocess.PIPE)
+    here = str(Path(mlx_grpo.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", COMMAND, here], input=json.dumps({"config": asdict(config), "work": work}),
+                          text=True, stdout=subprocess.PIPE)
     if done.returncode:
         raise mlx_grpo.UserError(f"the trial run ended with exit code {done.returncode} (see above); --no-measure plans without one")
     full = {"scoring": work["pass_rows"], "passes": work["pass_rows"], "update": work["pass_rows"], "rollout": work["rollout_prompts"], "evaluate": work["eval_prompts"]}
@@ -157,11 +156,10 @@ def measure(config, work):
     return phases
 
 
-def main():
-    asked = json.load(sys.stdin)
-    print(json.dumps(trial(MLXGRPOConfig(**asked["config"]), asked["work"])))
-    return 0
+def start():
+    """The other end of measure()."""
+    def main():
+        asked = json.load(sys.stdin)
+        print(json.dumps(trial(MLXGRPOConfig(**asked["config"]), asked["work"])))
 
-
-if __name__ == "__main__":
     run_command(main)
