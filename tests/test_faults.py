@@ -298,6 +298,6 @@ def test_the_table_of_faults_names_tests_that_exist_and_all_of_this_file():
     table = re.findall(r"^\|.*\|$", (ROOT / "docs/reliability.md").read_text(), re.M)
     named = {tuple(name.split("::")) if "::" in name else ("test_faults.py", name)
              for row in table for name in re.findall(r"`((?:\w+\.py::)?test_\w+)`", row)}
-    tests = {name: re.findall(r"^def (test_\w+)", (ROOT / "tests" / name).read_text(), re.M) for name in {file for file, _ in named}}
+    tests = {name: re.findall(r"^def (test_\w+)", (ROOT / "tests" / name).read_text(), re.M) for name, _ in named}
     assert [(file, test) for file, test in named if test not in tests[file]] == []
     assert {("test_faults.py", test) for test in tests["test_faults.py"][:-1]} <= named and len(table) > 15
