@@ -84,7 +84,7 @@ RUN_GOOD = (*MODEL, "data.csv", "reward.py", "run.toml", "adapter")
 GOOD = {"convert_nanochat": (*MODEL, "nanochat"), "report": (*MODEL, "logged"), "report.py": (*MODEL, "logged"),
         "checkpoints": (*MODEL, "kept"), "push": (*MODEL, "kept"), "convert_nemo": (*MODEL, "hf", "nemo2", "one.nemo"),
         "inference": (*MODEL, "adapter", "prompts.txt"), "adapters": (*MODEL, "adapter", "peft"),
-        "convert_model": (*MODEL, "adapter"), "completion": ()}
+        "convert_model": (*MODEL, "adapter"), "completion": (), "plan_headers": ()}
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_grpo import (
-    UserError, add_config_arguments, backend, compute_dtype, count_steps, find_loader, find_rewards, fitting_problems, load_config,
-    load_problems, render_prompt, shipped_path)
-from mlx_grpo.files import human_bytes
+    UserError, add_config_arguments, backend, compute_dtype, count_steps, find_rewards, fitting_problems, load_config,
+    load_problems, load_tokenizer, render_prompt, shipped_path)
+from mlx_grpo.files import check_output_file, human_bytes
 from mlx_grpo.memory_limit import memory_limit_bytes, memory_limits
 from mlx_grpo.plan_account import Account, work_of
 from mlx_grpo.plan_fit import fitted
@@ -37,6 +37,10 @@ def run(args):
       mlx_grpo.py plan --config configs/prod.toml --memory 24 --fit prod-24gb.toml
     """
     config, sources = load_config(args.config, args.set)
+    if args.memory is not None and not 0 < args.memory < 1e6:                # NaN neither
+        raise UserError(f"--memory must be a number of GB above 0 and below a million, got {args.memory:g}")
+    if args.fit:
+        check_output_file("--fit", args.fit)
     find_rewards(config.rewards, config.reward_options)
     for name, value in asdict(config).items():
         shown = value if not isinstance(value, str) or len(value) < 60 else value[:57] + "..."
@@ -114,8 +118,7 @@ def print_work(config):
     offline = config.dataset.count("/") == 1 and not Path(shipped_path(config.dataset)).exists() and path is None
     problems, held_out = ([], []) if offline else load_problems(config)
     if path is not None and problems:
-        settings = json.loads((path / "config.json").read_text()) if (path / "config.json").exists() else {}
-        tokenizer = find_loader(path, settings, config.model_loader)().load_tokenizer(path, settings)
+        tokenizer = load_tokenizer(str(path), loader=config.model_loader, trust_remote_code=config.trust_remote_code)
         problems = fitting_problems(problems, tokenizer, config)
         with contextlib.redirect_stderr(io.StringIO()):
             held_out = fitting_problems(held_out, tokenizer, config) if held_out else []

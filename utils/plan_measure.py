@@ -144,7 +144,11 @@ def measure(config, work):
     token of all rows."""
     here = str(Path(mlx_grpo.__file__).parent)
     done = subprocess.run([sys.executable, "-c", COMMAND, here], input=json.dumps({"config": asdict(config), "work": work}),
-                          text=True, stdout=subprocess.PIPE)
+                          text=True, capture_output=True)
+    last = done.stderr.splitlines()[-1:]
+    if done.returncode == 2 and last and last[0].startswith("error: "):
+        raise mlx_grpo.UserError(last[0].removeprefix("error: "))
+    print(done.stderr, end="", file=sys.stderr)
     if done.returncode:
         raise mlx_grpo.UserError(f"the trial run ended with exit code {done.returncode} (see above); --no-measure plans without one")
     full = {"scoring": work["pass_rows"], "passes": work["pass_rows"], "update": work["pass_rows"], "rollout": work["rollout_prompts"], "evaluate": work["eval_prompts"]}
