@@ -112,7 +112,7 @@ def test_the_table_has_every_command_at_least_150_cases_and_at_most_4_of_a_kind(
     """With -s it prints the counts."""
     counts = collections.Counter(case.command for case in CASES)
     print("\n" + "\n".join(f"{command:22} {count:4}" for command, count in (*counts.items(), ("together", len(CASES)))))
-    scripts = {path.stem for path in (ROOT / "utils").glob("*.py") if "run_command(main)" in path.read_text()}
+    scripts = {path.stem for path in (ROOT / "utils").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
     tried = {command.split()[0].removesuffix(".py") for command in counts}
     assert scripts | set(COMMANDS) | {"convert_nanochat"} <= tried, (scripts | set(COMMANDS)) - tried
     assert len(CASES) >= 150
