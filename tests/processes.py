@@ -5,7 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -14,8 +16,8 @@ import mlx_grpo  # noqa: E402, F401
 import numpy as np  # noqa: E402
 from mlx.optimizers import SGD  # noqa: E402, F401
 from mlx.utils import tree_flatten  # noqa: E402
-from mlx_grpo import (MLXGRPOConfig, MLXGRPOTrainer, SFTTrainer, TrainerCallback, find_world, load_model,  # noqa: E402
-                      load_problems, load_symbol)
+from mlx_grpo import (MLXGRPOConfig, MLXGRPOTrainer, NotFinite, SFTTrainer, TrainerCallback, find_world,  # noqa: E402
+                      load_model, load_problems, load_symbol)
 
 BASE = dict(
     model_name=str(ROOT / "data/demo_model"), dataset="synthetic:chain", system_prompt="", max_train_samples=32, seed=3,
@@ -39,6 +41,7 @@ CASES = {
     "entropy": dict(entropy_coef=0.01, entropy_adaptive=True, top_entropy_quantile=0.5, loss_type="sapo",
                     repetition_penalty=1.2),
     "errors": PLAIN | dict(rewards=["strict_format", f"{Path(__file__)}:broken"], on_reward_error="skip"),
+    "left_out": PLAIN | dict(max_bad_steps=1),
     "sft": dict(solution_column="direct", batch_size=3, gradient_accumulation_steps=1),
 }
 
@@ -72,6 +75,18 @@ class Fails(TrainerCallback):
                 raise ZeroDivisionError("a callback's own")
 
 
+def failing_once(trainer):
+    """A make_rollout that meets a number which is not finite in the last prompt of the first step, the first time: in one
+    process of several."""
+    sample, doomed = mlx_grpo.make_rollout, [trainer.last_problems()[-1].prompt]
+
+    def make_rollout(tokenizer, problem, *args, **options):
+        if problem.prompt in doomed and not trainer.step_count and options["kept"] is None and doomed.pop():
+            raise NotFinite("no number")
+        return sample(tokenizer, problem, *args, **options)
+    return make_rollout
+
+
 def run_case(name, output):
     """Train a case; leaves weights-RANK.npz in its run directory."""
     config, world = MLXGRPOConfig(**BASE | CASES[name]), find_world()
@@ -83,7 +98,8 @@ def run_case(name, output):
     else:
         rewards = [load_symbol(r, "reward") if ":" in r else r for r in config.rewards]
         trainer = MLXGRPOTrainer(model, tokenizer, rewards, config, problems, held_out, run_dir=run_dir)
-    trainer.train()
+    with mock.patch.object(mlx_grpo, "make_rollout", failing_once(trainer)) if name == "left_out" else nullcontext():
+        trainer.train()
     run_dir.mkdir(exist_ok=True)
     np.savez(run_dir / f"weights-{world.rank}.npz", **{k: np.array(a) for k, a in tree_flatten(trainer.learner.master)})
 
