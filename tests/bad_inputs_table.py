@@ -188,7 +188,7 @@ TABLE = {
          "no checkpoint in data.jsonl | looked for trainer_state.json and | --resume auto takes the newest one of the"),
         ("arguments", "--confg run.toml", "mlx_grpo.py | unrecognized arguments | see --help"),
         ("arguments", "trian",
-         "unknown command 'trian' | did you mean 'train'? | there are train, sft, eval, rewards, plan, report"),
+         "unknown command 'trian' | did you mean 'train'? | there are train, sft, eval, rewards, preview, plan, report"),
         ("loader", RUN + "--set model_loader=nanochta",
          'model_loader \'nanochta\' is neither "auto", one of mlx_lm, | did you mean \'nanochat\'?'),
         ("loader", RUN + "--set model_loader=reward.py:length",
