@@ -151,5 +151,5 @@ def test_plan_is_within_15_percent_of_the_trainers_peak():
     """Ten configurations of a seed that nothing was tuned on."""
     from benchmarks.plan_accuracy import compare
 
-    for options, planned, measured in compare(seed=7, count=10):
+    for options, planned, measured in compare(seed=11, count=10):
         assert planned == pytest.approx(measured, rel=0.15), options

@@ -68,6 +68,7 @@ class Trial:
                                       rollout_func=self.sampled)
         self.update, self.trainer.learner.update = self.trainer.learner.update, self.noted_update
         self.lengths = 8, 8
+        self.trainer.update_every = 1 if config.update_every == 1 else 10**9      # the copy for rollouts stays an old one
         self.step(1, 2, 1)                   # the first update, after which the model and its copies are apart
         self.lengths = work["prompt"], work["completion"]
 
