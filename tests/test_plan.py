@@ -118,6 +118,11 @@ def test_the_header_of_a_shipped_configuration_states_its_planned_peak(path):
     assert plan_headers.header(path) in path.read_text()
 
 
+def test_the_table_of_models_is_what_plan_says():
+    text = plan_headers.PAGE.read_text()
+    assert plan_headers.with_table(text) == text and text.count("\n| Qwen") >= 8
+
+
 def test_nanochat_d32_fits_a_mac_of_16_gb_with_adapters_only():
     whole, adapters = (plan_headers.peak(ROOT / f"configs/nanochat_d32{name}.toml") for name in ("", "_lora"))
     assert adapters < plan.Machine(16).limit < plan.Machine(48).limit < whole
