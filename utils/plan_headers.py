@@ -1,20 +1,12 @@
 """
 Write the planned peak into the header of each shipped configuration, and the table of models into docs/memory.md.
 
-<<<<<<< HEAD
     python utils/plan_headers.py      # after a configuration was changed
-=======
-    python utils/plan_headers.py      # after a configuration, or plan's account, was changed
->>>>>>> 990a079 (docs/memory.md: which model fits which Mac; prod_lora.toml; planned peaks stand in the headers)
 
 The peak is plan's estimate for a Mac (bfloat16, prompts as long as max_prompt_length allows), as `plan --memory` gives it.
 """
 
-<<<<<<< HEAD
-=======
-import argparse
 import json
->>>>>>> 990a079 (docs/memory.md: which model fits which Mac; prod_lora.toml; planned peaks stand in the headers)
 import re
 import sys
 import tempfile
@@ -23,16 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a plain clone, from any directory
 
-<<<<<<< HEAD
-from mlx_grpo import load_config, run_command
+from mlx_grpo import MLXGRPOConfig, count_parameters, load_config, run_command
 from mlx_grpo.command_line import Parser
 from mlx_grpo.help_text import help_of
-from mlx_grpo.plan_account import Account, work_of
-=======
-from mlx_grpo import MLXGRPOConfig, count_parameters, load_config, run_command
-from mlx_grpo.help_text import help_of
 from mlx_grpo.plan_account import KNOWN, Account, model_config, shapes_of, work_of
->>>>>>> 990a079 (docs/memory.md: which model fits which Mac; prod_lora.toml; planned peaks stand in the headers)
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LINE = re.compile(r"^# Planned peak: .*\n", re.MULTILINE)
@@ -93,11 +79,7 @@ def with_table(text):
 
 
 def main():
-<<<<<<< HEAD
     Parser(**help_of(__doc__)).parse_args()
-=======
-    argparse.ArgumentParser(**help_of(__doc__)).parse_args()
->>>>>>> 990a079 (docs/memory.md: which model fits which Mac; prod_lora.toml; planned peaks stand in the headers)
     for path in sorted(CONFIGS.glob("*.toml")):
         text, line = path.read_text(encoding="utf-8"), header(path)
         head, rest = re.match(r"((?:#[^\n]*\n)+)(.*)", LINE.sub("", text), re.DOTALL).groups()
