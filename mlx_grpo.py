@@ -226,8 +226,9 @@ class MLXGRPOConfig:
     lora_keys: list[str] = opt([], 'adapted modules, ["self_attn.q_proj"] for instance; empty = all linear ones in a block')
     prefix_sharing: str = opt("auto", "compute the prompt of a group once for all of its completions; auto: where the model "
                               "allows it and it saves a fifth of the tokens", choices=("auto", "on", "off"))
-    max_tokens_per_microbatch: int = opt(0, "padded tokens of a forward and backward pass, rows of like length together; 0 = "
-                                         "batch_size prompts in one pass. Changes memory, not results", low=0)
+    max_tokens_per_microbatch: int = opt(-1, "padded tokens of a forward and backward pass, rows of like length together; 0 = "
+                                         "batch_size prompts in one pass; -1 = 2048 on a GPU and 384 on a CPU, or four of the "
+                                         "longest prompts where that is more. Changes memory, not results", low=-1)
     gradient_checkpointing: bool = opt(False, "recompute each block in the backward pass: less memory, a third more time")
     batch_size: int = opt(1, "prompts in one forward and backward pass", low=1)
     gradient_accumulation_steps: int = opt(4, "such passes in one step", low=1)
@@ -1365,6 +1366,13 @@ def take_rows(batch, rows, filler=0):
                  prompt_of=mx.array(prompt_of), **picked)
 
 
+def pass_budget(config, longest_prompt):
+    """Tokens of a pass: max_tokens_per_microbatch, where that is -1 enough to keep the backend busy, and four of the longest
+    prompts at least, as rows that share one should be in few passes. 0 = no limit."""
+    given = config.max_tokens_per_microbatch
+    return given if given >= 0 else max(backend.pass_tokens(), 4 * longest_prompt)
+
+
 def plan_passes(batch, rows, budget, shared):
     """[[row]]: `rows` of a Batch in passes of at most `budget` padded tokens (at least one row; 0 = all at once), rows of
     like length together; with shared prompts the rows of a prompt stay together and the prompt counts once."""
@@ -1439,8 +1447,8 @@ def completion_logprobs(split, batch, temperature, repetition_penalty=1.0, entro
         z = z / temperature if temperature != 1 else z
         taken = mx.take_along_axis(z, ids[:, None], axis=-1)[:, 0]
         if kept.shape[-1]:
-            z = mx.where(mask[:, None] > 0, restrict(z, kept), 0)                           # padding has no kept set
-        return taken, z
+            z = mx.where(mask[:, None] > 0, mx.maximum(restrict(z, kept), -1e30), 0)        # padding has no kept set
+        return taken, z                                                 # -1e30: 0 times -inf would not be a number
 
     size = max(1, HEAD_CHUNK // split.vocab_size) if split.name else B * T
     chunks = [slice(start, min(start + size, B * T)) for start in range(0, B * T, size)]
@@ -1456,20 +1464,21 @@ def token_logprobs(logits, chunks, entropy_gradient, pieces):
     d logprob / dz = onehot - p;  d entropy / dz = -p (log p + entropy)."""
     hold = len(chunks) == 1
 
-    def softmax(z):
+    def exponentials(z):
         best = z.max(axis=-1, keepdims=True)
-        p = backend.exp(z - best)
-        total = p.sum(axis=-1, keepdims=True)
-        return p / total, best + mx.log(total)                                              # (n, V), (n, 1)
+        e = backend.exp(z - best)
+        total = e.sum(axis=-1, keepdims=True)
+        return e, total, best + mx.log(total)                                               # (n, V), (n, 1), (n, 1)
 
     @mx.custom_function
     def forward(weights, hidden):
         found = []
         for some in chunks:
             taken, z = logits(some, weights, hidden[some])
-            p, normaliser = softmax(z)
-            entropy = normaliser[:, 0] - (p * mx.maximum(z, -1e30)).sum(axis=-1)            # 0 * -inf is not a number
-            found.append((taken - normaliser[:, 0], entropy, p, z)[:4 if hold else 2])
+            e, total, normaliser = exponentials(z)
+            entropy = normaliser - (e * z).sum(axis=-1, keepdims=True) / total
+            held = () if not hold else (z,) if entropy_gradient else (e, total)
+            found.append((taken - normaliser[:, 0], entropy[:, 0], *held))
             pieces.append(found[-1][:2])
         return tuple(mx.concatenate(parts) for parts in zip(*found))
 
@@ -1478,28 +1487,22 @@ def token_logprobs(logits, chunks, entropy_gradient, pieces):
         (weights, hidden), sums, slopes = primals, None, []
         flat = tree_flatten(weights)
         for some in chunks:
-            p, z = outputs[2:] if hold else (None, logits(some, weights, hidden[some])[1])
-            if entropy_gradient or not hold:
-                p, normaliser = softmax(z)
+            if hold and not entropy_gradient:
+                e, total = outputs[2:]
+            else:
+                z = outputs[2] if hold else logits(some, weights, hidden[some])[1]
+                e, total, normaliser = exponentials(z)
             slope = -cotangents[0][some, None]
             if entropy_gradient:
-                slope = slope - cotangents[1][some, None] * (mx.maximum(z, -1e30) - normaliser + outputs[1][some, None])
+                slope = slope - cotangents[1][some, None] * (z - normaliser + outputs[1][some, None])
             of_flat = lambda hidden, *arrays: logits(some, tree_unflatten([(k, a) for (k, _), a in zip(flat, arrays)]), hidden)
-            of_hidden, *of_weights = mx.vjp(of_flat, [hidden[some], *(a for _, a in flat)], [cotangents[0][some], p * slope])[1]
+            of_hidden, *of_weights = mx.vjp(of_flat, [hidden[some], *(a for _, a in flat)], [cotangents[0][some], e * (slope / total)])[1]
             slopes.append(of_hidden)
             sums = of_weights if sums is None else [a + b for a, b in zip(sums, of_weights)]
             pieces.append((of_hidden, *sums))
         return tree_unflatten([(k, a) for (k, _), a in zip(flat, sums)]), mx.concatenate(slopes)
 
     return forward
-
-
-def add_to(total, part):
-    """total + part, trees of arrays, in the memory of total."""
-    for (_, a), (_, b) in zip(tree_flatten(total), tree_flatten(part)):
-        a += b
-    mx.eval(total)
-    return total
 
 
 def evaluate_pieces(pieces):
@@ -1832,8 +1835,9 @@ class MLXGRPOTrainer:
         if np.isnan(rewards).all():
             raise RewardError("every reward function returned None for every completion of this step, so there is nothing "
                               "to learn from; see `mlx_grpo.py rewards`")
-        longest = max(len(r.prompt_ids) + len(ids) for r in rollouts for ids in r.completion_ids)
-        self.phase("scoring", **training_shape(args, min(args.batch_size, shape[0]) * args.num_generations, longest))
+        self.phase("scoring", **training_shape(args, min(args.batch_size, shape[0]) * args.num_generations,
+                                               max(len(r.prompt_ids) for r in rollouts),
+                                               max(len(ids) for r in rollouts for ids in r.completion_ids)))
         batches = self.scored_batches(rollouts)
         if not any(b.mask.sum().item() for b in batches):
             print(f"step {self.step_count + 1}: no completion has a token to train on (all of them ran out of tokens, and "
@@ -1948,7 +1952,8 @@ class MLXGRPOTrainer:
         """The Batches of one forward pass each that `rows` (default: all) are cut into, with whether each shares prompts."""
         rows = list(range(len(batch.mask))) if rows is None else rows
         sharing = self.split.shares_prompts and self.args.prefix_sharing != "off"
-        for chosen in plan_passes(batch, rows, self.args.max_tokens_per_microbatch, sharing) if rows else ():
+        budget = pass_budget(self.args, int(batch.prompt_lengths.max()))
+        for chosen in plan_passes(batch, rows, budget, sharing) if rows else ():
             part = take_rows(batch, chosen, bucket(len(chosen), 1) - len(chosen) if self.compiled else 0)
             (P, L), (B, T) = part.prompts.shape, part.mask.shape
             shared = sharing and (self.args.prefix_sharing == "on" or P * L + B * T <= 0.8 * B * (L + T))
@@ -2015,10 +2020,9 @@ class MLXGRPOTrainer:
                                               self.sampling.repetition_penalty, shared=shared)[0]
                     batch = replace(batch, old_logprobs=mx.where(batch.mask > 0, old, 0))
                     mx.eval(batch.old_logprobs)
-            value, metrics, part = self.gradients(batch, *totals, shared=shared)
+            value, metrics, gradients = self.gradients(batch, *totals, shared=shared, into=gradients)
             loss += value
             parts.append(metrics)
-            gradients, part = part if gradients is None else add_to(gradients, part), None      # one copy less in the next pass
         loss, parts, gradients = self.world.total(loss, parts, gradients, self.learner.master)
         metrics = finish_metrics(merge_metrics(parts), share)
         self.check_health(loss, metrics)
@@ -2342,9 +2346,8 @@ class SFTTrainer(MLXGRPOTrainer):
         num_tokens = sum(b.mask.sum() for b in batches)
         loss, gradients, rows = 0.0, None, self.world.groups(batches, [list(range(len(b.mask))) for b in batches])
         for batch, shared in ((part, shared) for batch, mine in zip(batches, rows) for _, part, shared in self.passes(batch, mine)):
-            value, _, part = self.gradients(batch, num_tokens, shared=shared)
+            value, _, gradients = self.gradients(batch, num_tokens, shared=shared, into=gradients)
             loss += value
-            gradients, part = part if gradients is None else add_to(gradients, part), None      # one copy less in the next pass
         loss, _, gradients = self.world.total(loss, [], gradients, self.learner.master)
         learning_rate = learning_rate_at(step, self.total_steps, self.args)
         norm = self.learner.update(self.hooked(gradients), learning_rate)

@@ -110,7 +110,7 @@ def test_a_run_with_shared_prompts_is_the_run_without(tmp_path):
     for metrics, found, _ in others:
         for x, y in zip(first, metrics):
             assert x == pytest.approx(y, rel=1e-3, abs=1e-5)
-        assert largest_difference(moved, found) < 2e-5
+        assert largest_difference(moved, found) < 3e-5
     assert max(s[0] for s in others[1][2].shapes) < max(s[0] for s in results[0][2].shapes)      # passes were smaller
     assert max(s[0] for s in others[2][2].shapes) == 1                                          # a row is the least
 

@@ -18,6 +18,11 @@ def exp(x):
     return mx.power(2.0, x * math.log2(math.e)) if mx.default_device() == mx.cpu else mx.exp(x)
 
 
+def pass_tokens():
+    """Tokens of a training pass that keep the matrix products busy; more of them take memory and no less time."""
+    return 384 if mx.default_device() == mx.cpu else 2048
+
+
 def compiles(wanted):
     """Whether losses are compiled, for the option use_compile. MLX's CPU backend compiles with g++, and without one runs
     the same operations one by one: said once."""

@@ -115,9 +115,10 @@ class Learner:
         mx.eval(self.master, self.model.parameters())
 
     def gradients_of(self, loss, compiled=False):
-        """A function of (batch, *totals, shared) -> (value, metrics, float32 gradients with respect to the trained weights),
-        for loss(batch, *totals, shared=, pieces=) -> (value, metrics). totals are scalar arrays; compiled: by mx.compile,
-        once per shape, and then the pieces can't be evaluated one by one."""
+        """A function of (batch, *totals, shared, into) -> (value, metrics, float32 gradients with respect to the trained
+        weights, added to `into`: what it returned for the pass before, in whose memory the sum is made), for
+        loss(batch, *totals, shared=, pieces=) -> (value, metrics). totals are scalar arrays; compiled: by mx.compile, once
+        per shape, and then the pieces can't be evaluated one by one."""
         pieces = None if compiled else []
 
         def of_weights(shared):
@@ -128,12 +129,16 @@ class Learner:
 
         value_and_grad = {shared: of_weights(shared) for shared in (False, True)}
 
-        def gradients(batch, *totals, shared=False):
+        def gradients(batch, *totals, shared=False, into=None):
             weights = self.model.trainable_parameters()
             with checkpointed_blocks(self.model, self.config.gradient_checkpointing):
                 (value, metrics), found = value_and_grad[shared](weights, vars(batch), *totals)
             self.model.update(weights)                       # the traced ones would hold on to the whole graph
             found = cast_floats(found, mx.float32)
+            if into is not None:
+                for (_, total), (_, part) in zip(tree_flatten(into), tree_flatten(found)):
+                    total += part
+                found = into
             evaluate_pieces(pieces or [])
             mx.eval(value, metrics, found)                   # one pass's activations are freed before the next
             return value.item(), {k: v.item() for k, v in metrics.items()}, found

@@ -14,6 +14,7 @@ Both options say how the same numbers are computed, not which. A death that some
 import sys
 from dataclasses import replace
 
+from mlx_grpo import pass_budget
 from mlx_grpo.run_guard import in_use
 from mlx_grpo.run_state import ALLOCATION, machine, read_crash, read_state
 
@@ -95,10 +96,13 @@ def rollout_shape(config, problems, num_generations):
 
 def batches_shape(config, batches):
     """training_shape of the Batches of a step."""
-    return training_shape(config, max(len(b.mask) for b in batches), max(b.prompts.shape[1] + b.mask.shape[1] for b in batches))
+    return training_shape(config, max(len(b.mask) for b in batches), max(b.prompts.shape[1] for b in batches),
+                          max(b.mask.shape[1] for b in batches))
 
 
-def training_shape(config, rows, row_tokens):
-    """What a note says before scoring and training: rows of a Batch, tokens of its longest row, tokens of a pass."""
-    limit = config.max_tokens_per_microbatch or rows * row_tokens
+def training_shape(config, rows, prompt, completion):
+    """What a note says before scoring and training: rows of a Batch, tokens of its longest row, tokens of a pass. prompt,
+    completion: tokens of the longest ones."""
+    row_tokens = prompt + completion
+    limit = pass_budget(config, prompt) or rows * row_tokens
     return {"rows": rows, "row_tokens": row_tokens, "tokens": max(min(limit, rows * row_tokens), row_tokens)}

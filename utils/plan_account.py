@@ -16,7 +16,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_grpo import (
-    HEAD_CHUNK, UserError, bucket, cast_floats, compute_dtype, count_parameters, old_logprobs_kind, pass_tokens, prepare_trainable, shipped_path)
+    HEAD_CHUNK, UserError, bucket, cast_floats, compute_dtype, count_parameters, old_logprobs_kind, pass_budget, pass_tokens,
+    prepare_trainable, shipped_path)
 from mlx_grpo import nanochat_model
 from mlx_grpo.optimizers import make_optimizer
 
@@ -151,10 +152,10 @@ def work_of(config, longest_prompt, eval_count=None):
     L, T, G = longest_prompt, config.max_new_tokens, config.num_generations
     B = config.batch_size * G
     fit = B
-    if config.max_tokens_per_microbatch:
+    if budget := pass_budget(config, L):
         shared = config.prefix_sharing != "off"
         tokens = lambda rows: pass_tokens(np.full(rows, T), [L] * config.batch_size, [i // G for i in range(rows)], shared)
-        fit = max([rows for rows in range(1, B + 1) if tokens(rows) <= config.max_tokens_per_microbatch], default=1)
+        fit = max([rows for rows in range(1, B + 1) if tokens(rows) <= budget], default=1)
         fit = fit if fit < G or config.batch_size == 1 else fit // G * G
     prompts = config.prompts_per_step * config.minibatches
     eval_count = config.eval_samples if eval_count is None else eval_count
