@@ -227,7 +227,7 @@ class MLXGRPOConfig:
     prefix_sharing: str = opt("auto", "compute the prompt of a group once for all of its completions; auto: where the model "
                               "allows it and it saves a fifth of the tokens", choices=("auto", "on", "off"))
     max_tokens_per_microbatch: int = opt(-1, "padded tokens of a forward and backward pass, rows of like length together; 0 = "
-                                         "batch_size prompts in one pass; -1 = 2048 on a GPU and 384 on a CPU, or four of the "
+                                         "batch_size prompts in one pass; -1 = 2048 on a GPU and 448 on a CPU, or four of the "
                                          "longest prompts where that is more. Changes memory, not results", low=-1)
     gradient_checkpointing: bool = opt(False, "recompute each block in the backward pass: less memory, a third more time")
     batch_size: int = opt(1, "prompts in one forward and backward pass", low=1)

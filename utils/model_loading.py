@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_grpo import ConfigError, TiktokenTokenizerWrapper, UserError, cast_floats, load_symbol, nearest, shipped_path
 from mlx_grpo.checked_load import read_json
+from mlx_grpo.cpu_ops import use_light_ops
 
 
 def resolve_model(name_or_path, trust_remote_code=False):
@@ -99,6 +100,7 @@ def open_directory(path, loader, trust_remote_code):
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json; give a model's directory, or a checkpoint of a run")
     config = read_json(path / "config.json")
+    use_light_ops()
     opener = find_loader(path, config, loader)()
     opener.trust_remote_code = trust_remote_code
     opener.validate_compatibility(path, config)
