@@ -334,7 +334,7 @@ def test_plan_prints_every_option_with_its_source_and_what_the_run_needs(model, 
     assert "12 problems, 4 held out; 2 steps of 2 prompts x 4 = 16 completions of at most 6 tokens" in text
     assert "; 6 steps of 2 prompts" in plan(max_steps=0) and "; 18 steps" in plan(max_steps=0, num_epochs=3)
     line = lambda text, name: next(row for row in text.splitlines() if row.startswith(name))
-    big = plan(num_generations=64, max_new_tokens=400, max_completion_length=400, batch_size=10)
+    big = plan(num_generations=64, max_new_tokens=400, max_completion_length=400, batch_size=10, max_tokens_per_microbatch=0)
     assert line(big, "passes").endswith(f"logits {4 * 4 * min(10 * 64 * 400 * 264, HEAD_CHUNK) / 1e9:.2f}")
     assert not (tmp_path / "run").exists()
     ladder = plan(quantize_for_rollouts=True, rollout_bits=[4, 8, 0], update_every=10)      # the first rung counts

@@ -78,6 +78,7 @@ def command(output, *more, **changes):
     return [*COMMAND, *sum((["--set", f"{k}={v}"] for k, v in options.items()), []), *more]
 
 
+@pytest.mark.soak
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     """1 process, then 2, then 1, against 3 steps by one; in the middle of a rollout batch that serves two steps. The second
     process works in a directory from which it doesn't see the checkpoint."""
@@ -121,6 +122,7 @@ def test_an_error_in_one_process_ends_all(rank, tmp_path):
     assert code == 2 and f"error: process {rank} failed: ZeroDivisionError: a callback's own" in errors
 
 
+@pytest.mark.soak
 def test_a_process_that_dies_without_a_word_ends_all_and_the_run_goes_on_from_its_checkpoint(tmp_path):
     found = finish(fails(tmp_path, "kill", 1, save_steps=1))
     assert found[1][0] == -signal.SIGKILL

@@ -187,7 +187,7 @@ def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
 
 
 @pytest.mark.parametrize("name, says", [("pytorch_model.bin", "only pytorch_model.bin"),
-                                        ("notes.txt", "holds no weights")])
+                                        ("notes.txt", "no weights; download again")])
 def test_a_directory_without_safetensors_says_what_it_has(name, says, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / name).write_bytes(b"")

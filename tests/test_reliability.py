@@ -225,8 +225,8 @@ def supervised(tmp_path, die, calls, **changes):
     return [*COMMAND, *options(tmp_path, rewards=f'["{script}:dies_once"]', eval_samples=0, **changes), "--supervise"]
 
 
-@pytest.mark.parametrize("name, die", [("SIGKILL", KILL), ("SIGSEGV", "os.kill(os.getpid(), signal.SIGSEGV)"),
-                                       ("exit code 1", "os._exit(1)")])
+@pytest.mark.parametrize("name, die", [("SIGKILL", KILL), pytest.param("SIGSEGV", "os.kill(os.getpid(), signal.SIGSEGV)", marks=pytest.mark.soak),
+                                       pytest.param("exit code 1", "os._exit(1)", marks=pytest.mark.soak)])
 def test_a_supervised_run_is_started_again_after_a_death(tmp_path, name, die):
     command = supervised(tmp_path, die, (1, 4), max_steps=4, run_name='"s-{n}"')
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -237,6 +237,7 @@ def test_a_supervised_run_is_started_again_after_a_death(tmp_path, name, die):
     assert not (tmp_path / "s-2").exists()
 
 
+@pytest.mark.soak
 def test_a_supervised_run_that_never_gets_further_is_given_up(tmp_path):
     done = subprocess.run(supervised(tmp_path, KILL, range(2, 99), max_steps=4), capture_output=True, text=True, timeout=200)
     assert done.returncode == 137 and "5 times in a row without a new checkpoint: giving up" in done.stderr

@@ -179,6 +179,7 @@ def state():
         return {run["name"]: run for run in json.load(file)["runs"]}
 
 
+@pytest.mark.soak
 def test_a_crash_doesnt_end_the_sweep_and_finished_runs_are_not_run_again(place, tmp_path, capsys):
     text = f'[values]\nrewards = [["correctness", "{EVEN_SHARE}"], ["bad.py:dies", "int"], ["int", "{EVEN_SHARE}"]]\n'
     assert sweep(place, text, "--max-runs", "2") == 1
@@ -236,6 +237,7 @@ def test_an_interrupted_run_is_saved_and_resumed_to_what_an_unbroken_one_gives(p
     assert [numbers(m) for m in broken] == [numbers(m) for m in whole]
 
 
+@pytest.mark.soak
 def test_a_sweep_whose_parent_was_killed_is_refused_until_its_run_has_ended(place, tmp_path):
     (tmp_path / "s.toml").write_text('[values]\nrewards = [["bad.py:slow", "int"]]\n')
     command = [sys.executable, str(ROOT / "mlx_grpo.py"), "sweep", *place, "--sweep", "s.toml"]

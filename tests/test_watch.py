@@ -198,6 +198,7 @@ def state_of(run):
         (run / "checkpoint-best").resolve().name if (run / "checkpoint-best").exists() else None
 
 
+@pytest.mark.soak
 def test_killed_while_rows_arrive_it_resumes_to_the_bytes_of_an_unbroken_run(tmp_path):
     append(ROWS[:12])
     finish(*command(tmp_path, "whole", max_steps=6))                          # two rows a step
