@@ -80,9 +80,9 @@ def training_memory(record):
     limit = f"over {record['settings']['limit_gb']:.0f}"
     found = [[f"{r['vocab']:,}", f"{r['rows']} x {r['tokens']}", number(r["ours_gb"]),
               limit if r["full_gb"] is None else number(r["full_gb"]),
-              "" if r["full_gb"] is None else f"{r['ours_gb'] / r['full_gb']:.2f}", number(r["ours_s"]), number(r["full_s"])]
+              "" if r["full_gb"] is None else f"{r['ours_gb'] / r['full_gb']:.2f}"]
              for r in record["rows"]]
-    head = ["vocabulary", "rows x tokens", "ours, GB", "full logits, GB", "ours over full", "ours, s", "full, s"]
+    head = ["vocabulary", "rows x tokens", "ours, GB", "full logits, GB", "ours over full"]
     return [*table(head, found), "", measured(record)]
 
 
