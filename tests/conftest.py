@@ -1,8 +1,10 @@
 """Shared fixtures. `mlx_grpo` is imported first, so that MLX finds the fast BLAS on Linux."""
 
 import os
+import signal
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)     # a job in the background ignores Ctrl-C, and so would what tests start
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")     # tiny matrices: threads cost more than they give
 
 import mlx_grpo  # noqa: E402, F401

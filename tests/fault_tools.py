@@ -146,7 +146,7 @@ def on_a_disk(place, size, command, between, again, meanwhile=""):
     """[(exit code, standard error, copy of its files)] of `command` on a tmpfs of that size at `place`, and of `again`,
     after the shell line `between`. The line `meanwhile` is run once the command has begun step 3 of its run `r`."""
     place.mkdir()
-    begun = f"while kill -0 $pid 2>/dev/null && ! grep -q '^step 2/' {place}.first.out; do sleep 0.02; done; {meanwhile}\n"
+    begun = f"while kill -0 $pid 2>/dev/null && ! grep -qs '^step 2/' {place}.first.out; do sleep 0.02; done; {meanwhile}\n"
     step = lambda name, argv, during="": (f"{shlex.join(argv)} >{place}.{name}.out 2>{place}.{name}.err & pid=$!\n{during}"
                                           f"wait $pid; echo $? >{place}.{name}.code; cp -a {place} {place}.{name}\n")
     done = own_namespace(f"mount -t tmpfs -o size={size} tmpfs {place}\n{step('first', command, begun if meanwhile else '')}"

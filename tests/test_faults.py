@@ -206,7 +206,8 @@ def test_a_disk_that_turns_read_only_stops_the_run_with_one_line(tmp_path):
     again = [*COMMAND, *options(place, eval_samples=0), "--resume"]
     (code, errors, files), (code_again, errors_again, after) = on_a_disk(
         place, "200m", argv, f"umount {place}/r", again,
-        meanwhile=f"mount --bind {place}/r {place}/r; mount -o remount,bind,ro {place}/r")
+        meanwhile=f"mount --bind {place}/r {place}/r; "
+                  f"for _ in $(seq 200); do mount -o remount,bind,ro {place}/r 2>/dev/null && break; sleep 0.05; done")
     assert code == 2 and "Read-only file system" in one_line_of(errors), errors
     assert newest_valid(files / "r")[0] and not newest_valid(files / "r")[1]
     assert code_again == 0 and every_checkpoint_is_whole(after / "r"), errors_again
