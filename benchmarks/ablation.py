@@ -17,15 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a pla
 from benchmarks.common import Peer, alternate, bench_parser, random_model, store, work  # noqa: E402
 from mlx_grpo import UserError, run_command  # noqa: E402
 
-ABLATIONS = [  # (what, options of MLXGRPOConfig, constants of mlx_grpo): one fast path off, or one saving on
-    ("as shipped", {}, {}),
-    ("every completion computes its prompt", {"prefix_sharing": "off"}, {}),
-    ("passes of at most 2048 tokens", {"max_tokens_per_microbatch": 2048}, {}),
-    ("logits of all completion tokens at once", {}, {"HEAD_CHUNK": 2**40}),
-    ("gradient checkpointing", {"gradient_checkpointing": True}, {}),
-    ("keys and values of rollouts at 8 bits", {"kv_bits": 8}, {}),
-    ("8 rows decoded together", {"rollout_batch_size": 8}, {}),
-    ("a copy to sample from", {"update_every": 2}, {}),
+ABLATIONS = [  # (what, options of MLXGRPOConfig, constants of mlx_grpo, environment): one fast path off, or a saving on
+    ("as shipped", {}, {}, {}),
+    ("every completion computes its prompt", {"prefix_sharing": "off"}, {}, {}),
+    ("all rows in one pass", {"max_tokens_per_microbatch": 0}, {}, {}),
+    ("logits of all completion tokens at once", {}, {"HEAD_CHUNK": 2**40}, {}),
+    ("MLX's own SwiGLU, rope and RMS norm on the CPU", {}, {}, {"MLX_GRPO_CPU_OPS": "off"}),
+    ("gradient checkpointing", {"gradient_checkpointing": True}, {}, {}),
+    ("keys and values of rollouts at 8 bits", {"kv_bits": 8}, {}, {}),
+    ("8 rows decoded together", {"rollout_batch_size": 8}, {}, {}),
+    ("a copy to sample from", {"update_every": 2}, {}, {}),
 ]
 PREFIX = [("prefix sharing", {"prefix_sharing": "on"}), ("plain", {"prefix_sharing": "off"})]
 
@@ -38,11 +39,11 @@ def step(o, folder):
     chosen = [a for i, a in enumerate(ABLATIONS) if not o.only or i == 0 or any(n in a[0] or n in a[1] for n in o.only)]
     if o.only and len(chosen) == 1:
         raise UserError(f"--only {' '.join(o.only)}: there are " + ", ".join(repr(a[0]) for a in ABLATIONS))
-    peers = {what: Peer("ours", work(model, **size, threads=o.threads, options=options, constants=constants))
-             for what, options, constants in chosen}
+    peers = {what: Peer("ours", work(model, **size, threads=o.threads, options=options, constants=constants, environment=environment))
+             for what, options, constants, environment in chosen}
     rows = alternate(peers, o.rounds)
-    for what, options, constants in chosen:
-        rows[what]["changed"] = options | constants
+    for what, options, constants, environment in chosen:
+        rows[what]["changed"] = options | constants | environment
     store("ablation", rows, {**size, "threads": o.threads, "rounds": o.rounds}, o.out)
 
 

@@ -90,9 +90,10 @@ def spread(completions, **_):
 
 def our_trainer(o, **more):
     """An MLXGRPOTrainer on the benchmark's work; o["options"] are options of MLXGRPOConfig on top of it, o["constants"]
-    of the module."""
+    of the module, o["environment"] of the process."""
     import mlx_grpo
 
+    os.environ.update(o.get("environment", {}))
     for name, value in o.get("constants", {}).items():
         assert name in vars(mlx_grpo), f"mlx_grpo has no {name}"
         setattr(mlx_grpo, name, value)
@@ -218,13 +219,13 @@ def batch_generator(gate, o):
 
 
 def forward_only(gate, o):
-    """The bound of any sampler here: the model's forward pass on one token for each row, max_tokens times over a cache of
-    the same length, nothing drawn, nothing read."""
-    mx, about = mlx_core()
-    from mlx_lm import load
+    """The bound of our sampler: the model as we load it, its forward pass on one token for each row, max_tokens times over
+    a cache of the same length, nothing drawn, nothing read."""
+    mx, about = mlx_core(ours=True)
+    from mlx_grpo import load_model
     from mlx_lm.models.cache import make_prompt_cache
 
-    model, tokenizer = load(o["model"])
+    model, tokenizer = load_model(o["model"])
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in o["prompts"]]
     rows = mx.array([p for p in prompts for _ in range(o["G"])])
     gate.ready(**about)

@@ -181,7 +181,9 @@ def test_a_resumed_run_counts_as_an_unbroken_one_and_doesnt_warn_again(tmp_path)
 def test_thresholds_may_change_when_a_run_is_resumed(tmp_path):
     config = replace(CONFIG, max_steps=1)
     make_trainer(tmp_path, config).train()
-    make_trainer(tmp_path, replace(config, health={"kl": 1})).load_checkpoint(tmp_path / "checkpoint-1")
+    resumed = make_trainer(tmp_path, replace(config, health={"kl": 1}))
+    resumed.load_checkpoint(tmp_path / "checkpoint-1")
+    assert resumed.step_count == 1
 
 
 # ---- the machine

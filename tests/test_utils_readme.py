@@ -70,8 +70,10 @@ def test_every_option_is_in_the_table_with_its_default(module, capsys):
 
 
 def test_the_hub_commands_are_understood():
-    for line in re.findall(r"^python utils/convert_model.py (.*)$", README, re.M):
-        convert_model.parse(shlex.split(line))
+    lines = [shlex.split(line) for line in re.findall(r"^python utils/convert_model.py (.*)$", README, re.M)]
+    parsed = [convert_model.parse(words) for words in lines]
+    assert len(parsed) >= 6 and all(words[words.index("--hf-path") + 1] == str(p.hf_path)
+                                    for words, p in zip(lines, parsed) if "--hf-path" in words)
 
 
 def test_the_commands_of_conversion_and_inference_run_in_their_order(workplace, monkeypatch):

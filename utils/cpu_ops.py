@@ -9,6 +9,7 @@ only their arguments, and SwiGLU takes powers of two. Values are within 1e-6 of 
 
 import functools
 import math
+import os
 import sys
 
 import mlx.core as mx
@@ -20,10 +21,10 @@ PLAIN = {"rope": mx.fast.rope, "rms_norm": mx.fast.rms_norm}
 
 def use_light_ops():
     """Put the three in the place of mx.fast.rope, mx.fast.rms_norm and mlx-lm's swiglu, for this process, where the default
-    device is the CPU. Models that were imported before take them too."""
+    device is the CPU; not with MLX_GRPO_CPU_OPS=off in the environment. Models that were imported before take them too."""
     from mlx_lm.models import activations
 
-    if mx.default_device() != mx.cpu or activations.swiglu is swiglu:
+    if mx.default_device() != mx.cpu or activations.swiglu is swiglu or os.environ.get("MLX_GRPO_CPU_OPS") == "off":
         return
     plain, mx.fast.rope, mx.fast.rms_norm = activations.swiglu, rope, rms_norm
     for name, module in list(sys.modules.items()):

@@ -83,6 +83,16 @@ def in_use(run_dir):
 
 
 @contextlib.contextmanager
+def signals_to(handle):
+    """While it lasts, SIGINT and SIGTERM call handle(number, frame)."""
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def stop_on_signals(trainer):
     """SIGINT and SIGTERM let the step finish, after which the trainer saves a checkpoint and stops; a second one ends the
     process at once, which leaves what is on disk whole as well."""
@@ -97,12 +107,7 @@ def stop_on_signals(trainer):
             trainer.interrupted = number
         print(f"{signal.Signals(number).name}: finishing the step, then saving; once more to end at once", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return signals_to(handle)
 
 
 def checkpoints_of(run_dir):

@@ -14,7 +14,7 @@ import sys
 import mlx_grpo
 from mlx_grpo.out_of_memory import after_death, died
 from mlx_grpo.run_dir import find_run_dir
-from mlx_grpo.run_guard import newest_valid
+from mlx_grpo.run_guard import newest_valid, signals_to
 from mlx_grpo.run_state import read_state
 
 DEATHS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
@@ -55,9 +55,5 @@ def run_once(command):
         told.append(number)
         os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals_to(pass_on):
         return process.wait(), bool(told), process.pid
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -9,7 +9,6 @@ A run that crashes doesn't end the sweep. The same command again skips what is f
 interrupted. At the end: results.md, results.json, curves.svg and report.html (docs/sharing.md).
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -21,7 +20,7 @@ from pathlib import Path
 import mlx_grpo
 from mlx_grpo import ConfigError, UserError, add_config_arguments, configured_callbacks, find_rewards, load_config
 from mlx_grpo.report import write_file
-from mlx_grpo.run_guard import run_lock
+from mlx_grpo.run_guard import run_lock, signals_to
 from mlx_grpo.sweep_results import label, write_results
 from mlx_grpo.sweep_space import NOT_SWEPT, combinations, key_of, read_space
 
@@ -122,7 +121,6 @@ def last_words(log, code):
     return (errors[-1] if errors and code == 2 else lines[-1] if lines else f"exit code {code}")[:LINE]
 
 
-@contextlib.contextmanager
 def passed_on(children, stopped):
     """While it lasts, SIGINT and SIGTERM go to the `children` as SIGTERM, which lets a run save first, and their numbers to
     `stopped`."""
@@ -131,12 +129,7 @@ def passed_on(children, stopped):
         for child in children:
             child.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return signals_to(handle)
 
 
 def run_child(command, log, lock, children, stopped):
