@@ -50,7 +50,7 @@ import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
-from mlx_grpo import backend  # noqa: E402
+from mlx_grpo import backend, cpu_ops  # noqa: E402
 
 R1_SYSTEM_PROMPT = """Respond in the following format:
 <reasoning>
@@ -1074,7 +1074,8 @@ class Decoder:
             last = position + 1 >= self.sampling.max_new_tokens                     # rows that end here at the latest
             tokens, taken, sets, seen = self.state
             if not last.all():                             # queue the next token before this one is read
-                logits = self.model(tokens[:, None], cache=self.cache)[:, -1]
+                with cpu_ops.queue_layers():
+                    logits = self.model(tokens[:, None], cache=self.cache)[:, -1]
                 queued = self.next_tokens(logits, np.minimum(position + 1, self.sampling.max_new_tokens - 1), seen)
             read_sets, done = pack_sets(sets), self.done
             for i, (row, token, logprob) in enumerate(zip(self.rows.tolist(), tokens.tolist(), taken.tolist())):

@@ -22,7 +22,7 @@ ABLATIONS = [  # (what, options of MLXGRPOConfig, constants of mlx_grpo, environ
     ("every completion computes its prompt", {"prefix_sharing": "off"}, {}, {}),
     ("all rows in one pass", {"max_tokens_per_microbatch": 0}, {}, {}),
     ("logits of all completion tokens at once", {}, {"HEAD_CHUNK": 2**40}, {}),
-    ("MLX's own SwiGLU, rope and RMS norm on the CPU", {}, {}, {"MLX_GRPO_CPU_OPS": "off"}),
+    ("MLX's own operations on the CPU", {}, {}, {"MLX_GRPO_CPU_OPS": "off"}),
     ("gradient checkpointing", {"gradient_checkpointing": True}, {}, {}),
     ("keys and values of rollouts at 8 bits", {"kv_bits": 8}, {}, {}),
     ("8 rows decoded together", {"rollout_batch_size": 8}, {}, {}),

@@ -1,12 +1,14 @@
 """
-Three operations of mlx-lm's models, in versions that MLX's CPU backend runs faster. Part of mlx_grpo; Metal and CUDA have
+Four operations of mlx-lm's models, in versions that MLX's CPU backend runs faster. Part of mlx_grpo; Metal and CUDA have
 kernels of their own for them and are left alone.
 
-On the CPU MLX composes rms_norm and rope of 7 and 22 operations and takes 12 ns for an exponential, where a power of two
-takes 5. Here the turns of a rope are computed once for all layers, norms and SwiGLU have gradients of their own that hold
-only their arguments, and SwiGLU takes powers of two. Values are within 1e-6 of MLX's, relative.
+On the CPU MLX composes rms_norm and rope of 7 and 22 operations, of about 8 us each whatever their size, and takes 12 to 20
+ns for an exponential, where a power of two takes 5. Here the turns of a rope are computed once for all layers, and that of
+a single position is one product with a matrix; norms and SwiGLU have gradients of their own that hold only their arguments;
+SwiGLU and the attention of a single position take powers of two. Values are within 1e-6 of MLX's, relative.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -16,17 +18,19 @@ import mlx.core as mx
 import numpy as np
 
 LOG2_E = math.log2(math.e)
-PLAIN = {"rope": mx.fast.rope, "rms_norm": mx.fast.rms_norm}
+PLAIN = {name: getattr(mx.fast, name) for name in ("rope", "rms_norm", "scaled_dot_product_attention")}
 
 
 def use_light_ops():
-    """Put the three in the place of mx.fast.rope, mx.fast.rms_norm and mlx-lm's swiglu, for this process, where the default
-    device is the CPU; not with MLX_GRPO_CPU_OPS=off in the environment. Models that were imported before take them too."""
+    """Put the four in the place of those of mx.fast and of mlx-lm's swiglu, for this process, where the default device is
+    the CPU; not with MLX_GRPO_CPU_OPS=off in the environment. Models that were imported before take them too."""
     from mlx_lm.models import activations
 
     if mx.default_device() != mx.cpu or activations.swiglu is swiglu or os.environ.get("MLX_GRPO_CPU_OPS") == "off":
         return
-    plain, mx.fast.rope, mx.fast.rms_norm = activations.swiglu, rope, rms_norm
+    for name in PLAIN:
+        setattr(mx.fast, name, globals()[name])
+    plain = activations.swiglu
     for name, module in list(sys.modules.items()):
         if name.startswith("mlx_lm.models") and getattr(module, "swiglu", None) is plain:
             module.swiglu = swiglu
@@ -38,7 +42,7 @@ def sigmoid(x):
 
 @mx.custom_function
 def light_swiglu(gate, x):
-    return gate * sigmoid(gate) * x
+    return gate * x / (1 + mx.power(2.0, gate * -LOG2_E))
 
 
 @light_swiglu.vjp
@@ -57,18 +61,51 @@ def swiglu(gate, x):
 @functools.lru_cache(maxsize=16)
 def turns(T, offset, dims, base, scale):
     """(cosines, signed sines), (T, dims) each, of positions offset to offset + T."""
-    angles = np.outer((np.arange(T) + offset) * scale, base ** (-np.arange(dims // 2) / (dims // 2)))
-    c, s = np.cos(angles), np.sin(angles)
-    return mx.array(np.hstack([c, c]).astype(np.float32)), mx.array(np.hstack([-s, s]).astype(np.float32))
+    angles = np.outer((np.arange(T) + offset) * scale, frequencies(dims, base))
+    return mx.array(np.cos(angles).astype(np.float32)), mx.array((np.sin(angles) * signs(dims)).astype(np.float32))
+
+
+def frequencies(dims, base):
+    """(dims,) of both halves, radians a position (arXiv 2104.09864)."""
+    return np.tile(base ** (-np.arange(dims // 2) / (dims // 2)), 2)
+
+
+def signs(dims):
+    return np.repeat([-1.0, 1.0], dims // 2)
+
+
+@functools.lru_cache(maxsize=4)
+def turn(offset, dims, base, scale):
+    """(dims, dims) matrix that turns a row to the position offset."""
+    angles = offset * scale * frequencies(dims, base)
+    return mx.array((np.diag(np.cos(angles)) + swap(dims) * np.sin(angles)).astype(np.float32))
+
+
+def swap(dims):
+    """(dims, dims) matrix that swaps the halves of a row, the new first one negated."""
+    return np.roll(np.eye(dims), dims // 2, axis=0) * signs(dims)
+
+
+@functools.cache
+def turn_parts(dims, base, scale):
+    """swap and frequencies as MLX's."""
+    return mx.array(swap(dims).astype(np.float32)), mx.array((scale * frequencies(dims, base)).astype(np.float32))
 
 
 def rope(x, dims, *, traditional, base, scale, offset, freqs=None, stream=None):
-    """mx.fast.rope: halves of the last axis turned by their position (arXiv 2104.09864). Other layouts, precisions and
-    offsets of each row go to MLX's own."""
-    if traditional or freqs is not None or stream is not None or dims != x.shape[-1] or not isinstance(offset, int) \
-            or x.dtype != mx.float32:
+    """mx.fast.rope: halves of the last axis turned by their position. Other layouts, precisions and several tokens of rows
+    with an offset each go to MLX's own."""
+    T, each = x.shape[-2], isinstance(offset, mx.array)
+    if traditional or freqs is not None or stream is not None or dims != x.shape[-1] or x.dtype != mx.float32 \
+            or each and (T > 1 or x.ndim != 4 or offset.ndim > 1):
         return PLAIN["rope"](x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs, stream=stream)
-    c, s = turns(x.shape[-2], offset, dims, base, scale)
+    if each:
+        swapped, per_position = turn_parts(dims, base, scale)
+        angles = offset.reshape(-1, 1, 1, 1) * per_position                    # (B, 1, 1, dims)
+        return x * mx.cos(angles) + (x @ swapped) * mx.sin(angles)
+    if T == 1:
+        return x @ turn(offset, dims, base, scale)
+    c, s = turns(T, offset, dims, base, scale)
     half = dims // 2
     return x * c + mx.concatenate([x[..., half:], x[..., :half]], axis=-1) * s
 
@@ -95,6 +132,43 @@ def norm_of(eps):
 
 def rms_norm(x, weight, eps, *, stream=None):
     """mx.fast.rms_norm (arXiv 1910.07467)."""
-    if weight is None or stream is not None or x.dtype != mx.float32:
+    if weight is None or stream is not None or x.dtype != mx.float32 or x.size < 2**16:    # small: no memory to save
         return PLAIN["rms_norm"](x, weight, eps, stream=stream)
     return norm_of(eps)(x, weight)
+
+
+queueing = False       # set by queue_layers
+
+
+@contextlib.contextmanager
+def queue_layers():
+    """While it is open, attention is queued as soon as it is built. MLX's CPU backend is never more than about a hundred
+    operations ahead, a millisecond of decoding, and would wait for Python to build a whole model before it goes on."""
+    global queueing
+    queueing = True
+    try:
+        yield
+    finally:
+        queueing = False
+
+
+def scaled_dot_product_attention(q, k, v, *, scale, mask=None, sinks=None, stream=None):
+    """mx.fast.scaled_dot_product_attention; that of one query a row, as in decoding, is ours."""
+    if q.shape[2] > 1 or isinstance(mask, str) or sinks is not None or stream is not None or q.dtype != mx.float32:
+        return PLAIN["scaled_dot_product_attention"](q, k, v, scale=scale, mask=mask, sinks=sinks, stream=stream)
+    out = attend(q, k, v, scale, mask)
+    if queueing:
+        mx.async_eval(out)
+    return out
+
+
+def attend(q, k, v, scale, mask):
+    """q (B, H, 1, D), k and v (B, H_kv, S, D), mask None or booleans or numbers that broadcast to (B, H, 1, S)."""
+    B, H, _, D = q.shape
+    _, groups, S, _ = k.shape
+    z = (scale * LOG2_E * q).reshape(B, groups, H // groups, D) @ k.swapaxes(-1, -2)       # (B, H_kv, H / H_kv, S)
+    if mask is not None:
+        mask = mx.broadcast_to(mask, (B, H, 1, S)).reshape(z.shape)
+        z = mx.where(mask, z, mx.finfo(z.dtype).min) if mask.dtype == mx.bool_ else z + LOG2_E * mask
+    powers = mx.power(2.0, z - z.max(axis=-1, keepdims=True))
+    return (powers @ v / powers.sum(axis=-1, keepdims=True)).reshape(B, H, 1, -1)
