@@ -1,6 +1,6 @@
 """
-Rollouts from a quantised copy, at 2, 4 and 8 bits and in full, for a small and a larger model: tokens a second, memory,
-the gap between sampler and trainer; and what the demo learns from them.
+Rollouts from a quantised copy, at 2, 4 and 8 bits and in full, for a small and a larger model: the copy's size, tokens a
+second, memory, the gap between sampler and trainer; and what the demo learns from them.
 
     python benchmarks/quantised_rollouts.py                           # with four runs of the demo, a minute each
     python benchmarks/quantised_rollouts.py --shapes 7m --no-demo
@@ -17,13 +17,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a pla
 
 from benchmarks.common import SHAPES, Peer, alternate, bench_parser, random_model, store, work  # noqa: E402
 from benchmarks.demo_runs import Variant, run_demo  # noqa: E402
-from mlx_grpo import run_command  # noqa: E402
+from mlx_grpo import frozen_copy, load_model, run_command  # noqa: E402
+
+from mlx.utils import tree_flatten  # noqa: E402
 
 BITS = (0, 8, 4, 2)     # 0 = full precision
 
 
 def bit_options(bits):
     return {"quantize_for_rollouts": True, "rollout_bits": bits} if bits else {}
+
+
+def copy_size(path, bits):
+    """Bytes of the weights that are sampled from."""
+    copy = frozen_copy(load_model(path)[0], bits=bits)
+    return sum(array.nbytes for _, array in tree_flatten(copy.parameters()))
 
 
 def main():
@@ -39,11 +47,13 @@ def main():
     for shape in o.shapes:
         with tempfile.TemporaryDirectory() as folder:
             size = dict(prompts=1, G=o.num_generations, max_tokens=o.max_tokens, threads=o.threads)
-            options = {bits: work(random_model(folder, shape), **size, options=bit_options(bits)) for bits in BITS}
+            path = random_model(folder, shape)
+            options = {bits: work(path, **size, options=bit_options(bits)) for bits in BITS}
             found = alternate({f"{shape} at {bits} bits": Peer("our_rollouts", options[bits]) for bits in BITS}, o.rounds)
             for bits, row in zip(BITS, found.values()):
                 gap = alternate({f"{shape} at {bits} bits, step": Peer("ours", options[bits])}, 1, warmup=0)
-                rows.append({"shape": shape, "bits": bits, **row, "gap": next(iter(gap.values()))["gap"]})
+                rows.append({"shape": shape, "bits": bits, "copy_gb": copy_size(path, bits) / 1e9, **row,
+                             "gap": next(iter(gap.values()))["gap"]})
     for bits in () if o.no_demo else BITS:
         with tempfile.TemporaryDirectory() as folder:
             demo = run_demo(Variant(f"demo at {bits} bits", bit_options(bits)), folder)

@@ -115,11 +115,14 @@ def scaling(record):
 
 def quantised_rollouts(record):
     bits = lambda r: r["bits"] or "full"
-    speed = [[r["shape"], bits(r), number(r["tokens_per_s"]), number(r["peak_gb"]), number(r["gap"])]
+    s = record["settings"]
+    speed = [[r["shape"], bits(r), number(r["copy_gb"]), number(r["tokens_per_s"]), number(r["peak_gb"]), number(r["gap"])]
              for r in record["rows"] if r["shape"] != "demo"]
     demo = [[bits(r), f"{r['before']:.3f}", f"{r['after']:.3f}", number(r["step_s"])]
             for r in record["rows"] if r["shape"] == "demo"]
-    return [*table(["model", "bits", "tokens/s", "peak, GB", "gap, nats"], speed), "",
+    return [f"{s['num_generations']} completions of {s['max_tokens']} tokens of one prompt, random models of about 7 and 100 "
+            "million parameters.", "",
+            *table(["model", "bits", "weights sampled from, GB", "tokens/s", "peak, GB", "gap, nats"], speed), "",
             *(table(["the demo, bits", "exact match before", "after", "s a step"], demo) + [""] if demo else []),
             measured(record)]
 

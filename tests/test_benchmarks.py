@@ -45,8 +45,9 @@ RECORDS = {  # one for every file of FIGURES
     "ablation": record({"as shipped": STEP | {"changed": {}}, "off": STEP | {"changed": {"prefix_sharing": "off"}}}),
     "scaling": record([{"curve": curve, "group": g, "vocabulary": 8192 * g, "completion": 8 * g, **STEP}
                        for curve in ("group", "vocabulary", "completion") for g in (1, 2)]),
-    "quantised_rollouts": record([{"shape": "7m", "bits": 0, **STEP},
-                                  {"shape": "demo", "bits": 4, "before": 0.1, "after": 0.9, "step_s": 1.0}]),
+    "quantised_rollouts": record([{"shape": "7m", "bits": 0, "copy_gb": 0.03, **STEP},
+                                  {"shape": "demo", "bits": 4, "before": 0.1, "after": 0.9, "step_s": 1.0}],
+                                 num_generations=16, max_tokens=8),
 }
 RECORDS["grpo_step_cuda"] = RECORDS["grpo_step"]
 
