@@ -132,7 +132,7 @@ def norm_of(eps):
 
 def rms_norm(x, weight, eps, *, stream=None):
     """mx.fast.rms_norm (arXiv 1910.07467)."""
-    if weight is None or stream is not None or x.dtype != mx.float32 or x.size < 2**16:    # small: no memory to save
+    if weight is None or stream is not None or x.dtype != mx.float32 or x.size < 2**14:    # small: no memory to save
         return PLAIN["rms_norm"](x, weight, eps, stream=stream)
     return norm_of(eps)(x, weight)
 
