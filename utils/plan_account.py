@@ -9,6 +9,7 @@ FACTORS times the outputs of a block's matrices, the attention's scores and the 
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from mlx_grpo import (
     HEAD_CHUNK, UserError, bucket, cast_floats, compute_dtype, count_parameters, old_logprobs_kind, pass_budget, pass_tokens,
-    prepare_trainable, shipped_path)
+    plan_passes, prepare_trainable, shipped_path)
 from mlx_grpo import nanochat_model
 from mlx_grpo.optimizers import make_optimizer
 
@@ -147,21 +148,21 @@ class Account:
 # ---- the work of a step ----------------------------------------------------------------------------------------------
 
 def work_of(config, longest_prompt, eval_count=None):
-    """How large the parts of a step are: tokens of a prompt and a completion, rows of a pass, passes of a step, prompts
-    whose rows are decoded together in training and evaluation."""
+    """How large the parts of a step are: tokens of a prompt and a completion, rows and prompts of its largest pass, passes of
+    a step, prompts whose rows are decoded together in training and evaluation."""
     L, T, G = longest_prompt, config.max_new_tokens, config.num_generations
     B = config.batch_size * G
-    fit = B
-    if budget := pass_budget(config, L):
-        shared = config.prefix_sharing != "off"
-        tokens = lambda rows: pass_tokens(np.full(rows, T), [L] * config.batch_size, [i // G for i in range(rows)], shared)
-        fit = max([rows for rows in range(1, B + 1) if tokens(rows) <= budget], default=1)
-        fit = fit if fit < G or config.batch_size == 1 else fit // G * G
+    prompt_of, shared = np.arange(B) // G, config.prefix_sharing != "off"
+    step = SimpleNamespace(mask=np.ones((B, T)), prompt_of=prompt_of, prompt_lengths=[L] * config.batch_size)
+    passes = plan_passes(step, list(range(B)), pass_budget(config, L), shared)
+    tokens = lambda rows: pass_tokens(np.full(len(rows), T), step.prompt_lengths, prompt_of[rows], shared)
+    largest = max(passes, key=lambda rows: (tokens(rows), len(rows)))
+    rows, in_pass = len(largest), len(set(prompt_of[largest]))
     prompts = config.prompts_per_step * config.minibatches
     eval_count = config.eval_samples if eval_count is None else eval_count
-    sharing = shares(config, -(-fit // G), fit, L, T)
-    return {"prompt": L, "shared": sharing, "completion": T, "pass_rows": fit, "passes": config.gradient_accumulation_steps * -(-B // fit),
-            "eval_count": eval_count, "rollout_prompts": min(prompts, max(1, -(-config.rollout_batch_size // G))), "prompts": prompts,
+    return {"prompt": L, "shared": shares(config, in_pass, rows, L, T), "completion": T, "pass_rows": rows, "pass_prompts": in_pass,
+            "passes": config.gradient_accumulation_steps * len(passes), "prompts": prompts, "eval_count": eval_count,
+            "rollout_prompts": min(prompts, max(1, -(-config.rollout_batch_size // G))),
             "eval_prompts": min(eval_count, config.rollout_batch_size) if config.eval_steps else 0}
 
 
@@ -206,7 +207,7 @@ def phases(model, config, work):
     L, T, R = work["prompt"], work["completion"], work["pass_rows"]
     size, layers, V = compute_dtype(config).size, len(model.layers), found["vocab_size"]
     heads, width = found.get("num_attention_heads") or found["n_head"], found.get("hidden_size") or found["n_embd"]
-    prompts, sharing = -(-R // config.num_generations), work["shared"]
+    prompts, sharing = work["pass_prompts"], work["shared"]
     tokens = prompts * bucket(L) + R * bucket(T) if sharing else R * (bucket(L) + bucket(T))
     context = bucket(L) + bucket(T)
     scores = heads * size * (R * bucket(T) * context + prompts * bucket(L) ** 2 if sharing else R * context ** 2)

@@ -129,7 +129,7 @@ class Trial:
 def trial(config, work):
     """{phase: {x: [bytes, seconds]}}: x is the rows of a pass, or the prompts whose rows are decoded together."""
     run, found = Trial(config, work), {"scoring": {}, "passes": {}, "update": {}, "rollout": {}, "evaluate": {}}
-    prompts = -(-work["pass_rows"] // config.num_generations)
+    prompts = work["pass_prompts"]
     for G in points(work["pass_rows"] // prompts):
         for phase, value in run.step(prompts, G, min(work["passes"], 3)).items():
             found[phase][prompts * G] = value
