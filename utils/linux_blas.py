@@ -79,7 +79,7 @@ def load_fast_blas():
         print("mlx_grpo: mlx.core was imported first, so MLX keeps its slow reference BLAS (about 30 times slower in "
               "float32); import mlx_grpo before mlx", file=sys.stderr)
         return None
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "10")      # its idle threads spin for 2**26 cycles else, in the way of ours
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")      # idle threads spin for 2**18 cycles, not 2**26, in the way of ours
     for library in SYSTEM_LIBRARIES:
         if load_globally(library):
             return library
