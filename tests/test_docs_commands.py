@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -61,12 +62,13 @@ def clone(tmp_path_factory):
     for name in ("configs", "data", "examples", "utils", "benchmarks", "mlx_grpo.py", "pyproject.toml"):
         (path / name).symlink_to(ROOT / name)
     (path / "my_rewards.py").write_text((ROOT / "README.md").read_text().partition("# my_rewards.py\n")[2].partition("```")[0])
-    demo = ["python", "mlx_grpo.py", "--config", "configs/demo.toml", "--set", "eval_samples=4", "--set", "num_generations=2"]
-    run([*demo, "--set", "save_steps=10"], path)
-    run([*demo, "--set", "fine_tune_type=lora", "--set", "max_steps=1", "--set", "output_dir=.", "--set", "run_name=RUN"], path)
-    (path / "RUN/checkpoint-1").rename(path / "RUN/checkpoint-100")
     save_tiny(path / "hf_model", "qwen3", hidden_size=64, intermediate_size=128, vocab_size=300, eos_token_id=3)
     save_tokenizer(path / "hf_model", CHATML, every_byte=True)
+    demo = ["python", "mlx_grpo.py", "--config", "configs/demo.toml", "--set", "eval_samples=4", "--set", "num_generations=2"]
+    run([*demo, "--set", "save_steps=10", "--set", "save_total_limit=9"], path)
+    run([*demo, "--set", "model_name=hf_model", "--set", "fine_tune_type=lora", "--set", "max_steps=1", "--set", "output_dir=.",
+         "--set", "run_name=RUN"], path)
+    (path / "RUN/checkpoint-1").rename(path / "RUN/checkpoint-100")
     return path
 
 
@@ -86,8 +88,7 @@ def test_the_commands_of_a_page_run_in_their_order(page, clone):
             continue
         trains = "mlx_grpo.py" in words and "--config" == words[words.index("mlx_grpo.py") + 1]
         if "experiments" in words:
-            (clone / "experiments").mkdir()
-            (clone / "nemo_model").rename(clone / "experiments/nemo_model")
+            shutil.copytree(clone / "nemo_model", clone / "experiments/nemo_model")
         run([w.replace("=DIR", "=data/demo_model") for w in words] + SHORT * trains, clone)
         ran += 1
     assert ran
