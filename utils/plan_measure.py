@@ -130,7 +130,8 @@ def trial(config, work):
     """{phase: {x: [bytes, seconds]}}: x is the rows of a pass, or the prompts whose rows are decoded together."""
     run, found = Trial(config, work), {"scoring": {}, "passes": {}, "update": {}, "rollout": {}, "evaluate": {}}
     prompts = work["pass_prompts"]
-    for G in points(work["pass_rows"] // prompts):
+    each, rest = divmod(work["pass_rows"], prompts)
+    for G in [each, each + 1] if rest and each <= 3 else points(each):      # few rows: on both sides of what they are
         for phase, value in run.step(prompts, G, min(work["passes"], 3)).items():
             found[phase][prompts * G] = value
     for prompts in points(work["rollout_prompts"]):
