@@ -227,8 +227,8 @@ class MLXGRPOConfig:
     prefix_sharing: str = opt("auto", "compute the prompt of a group once for all of its completions; auto: where the model "
                               "allows it and it saves a fifth of the tokens", choices=("auto", "on", "off"))
     max_tokens_per_microbatch: int = opt(-1, "padded tokens of a forward and backward pass, rows of like length together; 0 = "
-                                         "batch_size prompts in one pass; -1 = 2048 on a GPU and 448 on a CPU, or four of the "
-                                         "longest prompts where that is more. Changes memory, not results", low=-1)
+                                         "no limit; -1 = 2048 on a GPU and 256 on a CPU. A prompt whose group takes several passes "
+                                         "has one of its own. Changes memory, not results", low=-1)
     gradient_checkpointing: bool = opt(False, "recompute each block in the backward pass: less memory, a third more time")
     batch_size: int = opt(1, "prompts in one forward and backward pass", low=1)
     gradient_accumulation_steps: int = opt(4, "such passes in one step", low=1)
@@ -1346,54 +1346,7 @@ def pad_batch(rollouts, advantages=None, *, mask_truncated=False, least=16, voca
     )
 
 
-def trained_lengths(batch):
-    """(B,) NumPy: how many completion tokens of each row matter, up to the last that is trained (at least one)."""
-    mask = np.array(batch.mask) > 0
-    return np.maximum((mask * np.arange(1, mask.shape[1] + 1)).max(axis=1), 1)
-
-
-def take_rows(batch, rows, filler=0):
-    """The Batch of some rows (a list of indices), as narrow as they allow, with their prompts only. filler: so many rows
-    without trained tokens behind them."""
-    chosen = list(rows) + [rows[0]] * filler
-    prompts, prompt_of = np.unique(np.array(batch.prompt_of)[chosen], return_inverse=True)
-    L = bucket(int(np.array(batch.prompt_lengths)[prompts].max()))
-    T = bucket(int(trained_lengths(batch)[list(rows)].max()))
-    narrow = lambda name, a: a if name == "first_seen" or a.shape[1] == 1 else a[:, :T]
-    picked = {name: narrow(name, a[mx.array(chosen)]) for name, a in vars(batch).items() if not name.startswith("prompt")}
-    if filler:
-        picked["mask"] = picked["mask"] * (mx.arange(len(chosen)) < len(rows))[:, None]
-    return Batch(prompts=batch.prompts[mx.array(prompts)][:, :L], prompt_lengths=batch.prompt_lengths[mx.array(prompts)],
-                 prompt_of=mx.array(prompt_of), **picked)
-
-
-def pass_budget(config, longest_prompt):
-    """Tokens of a pass: max_tokens_per_microbatch, where that is -1 enough to keep the backend busy, and four of the longest
-    prompts at least, as rows that share one should be in few passes. 0 = no limit."""
-    given = config.max_tokens_per_microbatch
-    return given if given >= 0 else max(backend.pass_tokens(), 4 * longest_prompt)
-
-
-def plan_passes(batch, rows, budget, shared):
-    """[[row]]: `rows` of a Batch in passes of at most `budget` padded tokens (at least one row; 0 = all at once), rows of
-    like length together; with shared prompts the rows of a prompt stay together and the prompt counts once."""
-    if not budget:
-        return [list(rows)]
-    lengths, prompt_of, prompts = trained_lengths(batch), np.array(batch.prompt_of), np.array(batch.prompt_lengths)
-    size = lengths if shared else lengths + prompts[prompt_of]
-    longest = {p: max(size[i] for i in rows if prompt_of[i] == p) for p in set(prompt_of[list(rows)])}
-    passes = []
-    for i in sorted(rows, key=lambda i: (longest[prompt_of[i]], prompt_of[i], size[i]) if shared else (size[i], i)):
-        trial = [*passes[-1], i] if passes else [i]
-        tokens = pass_tokens(lengths[trial], prompts, prompt_of[trial], shared)
-        passes[-1:] = [trial] if passes and tokens <= budget else [*passes[-1:], [i]]
-    return passes
-
-
-def pass_tokens(lengths, prompts, prompt_of, shared):
-    """Tokens that a pass over rows of these completion lengths runs through the trunk, padding included."""
-    distinct = set(prompt_of) if shared else prompt_of
-    return len(lengths) * bucket(int(lengths.max())) + len(distinct) * bucket(max(int(prompts[p]) for p in distinct))
+from mlx_grpo.passes import pass_budget, pass_tokens, plan_passes, take_rows, trained_lengths  # noqa: E402
 
 
 # ---- log-probs and loss ----------------------------------------------------------------------------------------------
@@ -1421,17 +1374,19 @@ def restrict(z, kept):
 HEAD_CHUNK = 2**25      # logits that are held at once, in tokens times vocabulary: 128 MB in float32
 
 
-def completion_logprobs(split, batch, temperature, repetition_penalty=1.0, entropy_gradient=False, shared=False, pieces=None):
+def completion_logprobs(split, batch, temperature, repetition_penalty=1.0, entropy_gradient=False, way="each", states=None,
+                        pieces=None):
     """Log-probs of the completion tokens and entropies, under the distribution that they were sampled from: at the
     sampling temperature, with the repetition penalty, renormalised over the kept sets; from one forward pass.
 
     Only completion positions are projected onto the vocabulary, in chunks of at most HEAD_CHUNK logits, which the
-    backward pass computes again: memory is chunk x V, not B x T x V. split: a SplitModel. shared: each prompt is computed
-    once. pieces: a list that takes the arrays of each chunk, to be evaluated in their order (evaluate_pieces). Returns
+    backward pass computes again: memory is chunk x V, not B x T x V. split: a SplitModel. way: how the prompts are computed
+    (plan_passes); "before": states are their prompt_states. pieces: takes the arrays of chunks, for evaluate_pieces. Returns
     (logprobs, entropy), both (B, T) float32, nats; entropy carries a gradient only if asked. Where mask is 0 both are those
     of a wrong token: mask them."""
     B, T = batch.completion_ids.shape
-    hidden = split.completion_hidden(batch.prompts, batch.prompt_lengths, batch.prompt_of, batch.completion_ids, shared)
+    states = split.prompt_states(batch.prompts, batch.prompt_lengths) if way == "within" else states
+    hidden = split.completion_hidden(batch.prompts, batch.prompt_lengths, batch.prompt_of, batch.completion_ids, states)
     position = batch.prompt_lengths[batch.prompt_of][:, None] + mx.arange(T)                # of completion token t
     flat = lambda x: x.reshape(B * T, *x.shape[2:])
     rows = mx.broadcast_to(mx.arange(B)[:, None], (B, T))
@@ -1778,7 +1733,7 @@ class MLXGRPOTrainer:
         self.total_steps = count_steps(args, len(self.train_dataset))
         self.compiled = backend.compiles(args.use_compile)
         backend.set_limits(args.cache_limit_gb, args.wired_limit_gb)
-        self.gradients = self.learner.gradients_of(self.compute_grpo_loss, self.compiled)
+        self.gradients = self.learner.gradients_of(self.compute_grpo_loss, self.split, self.compiled)
         self.signalled, self.interrupted, self.save_s, self.best, self.bad_steps = None, None, 0.0, None, 0
         self.samples = {}       # step -> (prompt, completion) of the first held-out problem
         self.log, self.phase = RunLog(self.run_dir if args.log_jsonl and self.world.first else None), RunState()
@@ -1950,28 +1905,30 @@ class MLXGRPOTrainer:
         return batches
 
     def passes(self, batch, rows=None):
-        """The Batches of one forward pass each that `rows` (default: all) are cut into, with whether each shares prompts."""
-        rows = list(range(len(batch.mask))) if rows is None else rows
-        sharing = self.split.shares_prompts and self.args.prefix_sharing != "off"
-        budget = pass_budget(self.args, int(batch.prompt_lengths.max()))
-        for chosen in plan_passes(batch, rows, budget, sharing) if rows else ():
-            part = take_rows(batch, chosen, bucket(len(chosen), 1) - len(chosen) if self.compiled else 0)
-            (P, L), (B, T) = part.prompts.shape, part.mask.shape
-            shared = sharing and (self.args.prefix_sharing == "on" or P * L + B * T <= 0.8 * B * (L + T))
-            if (shape := [B, P, L, T, shared]) not in self.shapes:
-                self.shapes.append(shape)
-            yield chosen, part, shared
+        """(way, [Batch], [[row]]) of plan_passes for `rows` (default: all)."""
+        sharing = self.args.prefix_sharing if self.split.shares_prompts else "off"
+        rows, budget = list(range(len(batch.mask))) if rows is None else rows, pass_budget(self.args)
+        filler = lambda chosen: bucket(len(chosen), 1) - len(chosen) if self.compiled else 0
+        for way, passes in plan_passes(batch, rows, budget, sharing, apart=not self.args.lora_dropout):
+            parts = [take_rows(batch, chosen, filler(chosen)) for chosen in passes]
+            for part in parts:
+                if (shape := [*part.mask.shape, *part.prompts.shape, way]) not in self.shapes:
+                    self.shapes.append(shape)
+            yield way, parts, passes
 
     def score(self, split, batch):
         """(log-probs, entropies) of a Batch by another model, or by this one as it is now, without gradient: (B, T), 0 under
         the mask."""
         found, pieces = np.zeros((2, *batch.mask.shape), dtype=np.float32), []
-        for rows, part, shared in self.passes(batch, self.world.rows(len(batch.mask))):
-            scored = completion_logprobs(split, part, self.sampling.temperature, self.sampling.repetition_penalty,
-                                         shared=shared and split.shares_prompts, pieces=pieces)
-            evaluate_pieces(pieces)
-            width = min(part.mask.shape[1], found.shape[2])
-            found[:, rows, :width] = np.stack([np.array(x)[:len(rows), :width] for x in scored])
+        for way, parts, passes in self.passes(batch, self.world.rows(len(batch.mask))):
+            way = way if split.shares_prompts else "each"
+            states = split.prompt_states(parts[0].prompts, parts[0].prompt_lengths) if way == "before" else None
+            for part, rows in zip(parts, passes):
+                scored = completion_logprobs(split, part, self.sampling.temperature, self.sampling.repetition_penalty, way=way,
+                                             states=states, pieces=pieces)
+                evaluate_pieces(pieces)
+                width = min(part.mask.shape[1], found.shape[2])
+                found[:, rows, :width] = np.stack([np.array(x)[:len(rows), :width] for x in scored])
         return tuple(mx.where(batch.mask > 0, x, 0) for x in self.world.sum(mx.array(found)))
 
     def token_advantages(self, batch, advantages):
@@ -1983,14 +1940,14 @@ class MLXGRPOTrainer:
         return mx.where(batch.mask > 0, gap, 0) + self.args.distill_task_coeff * advantages
 
     def compute_grpo_loss(self, batch, num_rows=None, num_tokens=None, entropy_threshold=None, num_entropy_tokens=None,
-                          entropy_coef=None, shared=False, pieces=None):
+                          entropy_coef=None, way="each", states=None, pieces=None):
         """(loss, metrics) of a Batch under the current model; the other arguments are those of the whole step (grpo_loss),
         and those of completion_logprobs."""
         args = self.args
         bonus = bool(args.entropy_coef or args.entropy_adaptive)
         with self.dropout_mask():
             logprobs, entropy = completion_logprobs(self.split, batch, self.sampling.temperature,
-                                                    self.sampling.repetition_penalty, bonus, shared, pieces)
+                                                    self.sampling.repetition_penalty, bonus, way, states, pieces)
         num_tokens = batch.mask.sum() if num_tokens is None else num_tokens
         corrected = old_logprobs_kind(args) == "proximal" and args.sampler_correction != "none"
         loss, metrics = grpo_loss(
@@ -2014,16 +1971,11 @@ class MLXGRPOTrainer:
         totals = (mx.array(sum(len(b.mask) for b in batches)), sum(b.mask.sum() for b in batches), *self.entropy_totals(batches))
         rows, share = self.rows_that_count(batches)
         rows, loss, gradients, parts = self.world.groups(batches, rows), 0.0, None, []
-        for batch, shared in ((b, s) for batch, chosen in zip(batches, rows) if chosen for _, b, s in self.passes(batch, chosen)):
-            if self.args.lora_dropout:        # the old log-probs under this step's mask, by the sampler's weights
-                with self.dropout_mask(self.model_old):
-                    old = completion_logprobs(SplitModel(self.model_old), batch, self.sampling.temperature,
-                                              self.sampling.repetition_penalty, shared=shared)[0]
-                    batch = replace(batch, old_logprobs=mx.where(batch.mask > 0, old, 0))
-                    mx.eval(batch.old_logprobs)
-            value, metrics, gradients = self.gradients(batch, *totals, shared=shared, into=gradients)
-            loss += value
-            parts.append(metrics)
+        for batch, chosen in zip(batches, rows):
+            for way, passes, _ in self.passes(batch, chosen):
+                passes = self.under_dropout(way, passes) if self.args.lora_dropout else passes
+                value, metrics, gradients = self.gradients(passes, *totals, way=way, into=gradients)
+                loss, parts = loss + value, parts + metrics
         loss, parts, gradients = self.world.total(loss, parts, gradients, self.learner.master)
         metrics = finish_metrics(merge_metrics(parts), share)
         self.check_health(loss, metrics)
@@ -2074,6 +2026,16 @@ class MLXGRPOTrainer:
             yield
         finally:
             model.eval()
+
+    def under_dropout(self, way, passes):
+        """Batches whose old log-probs are those of this step's mask, by the sampler's weights."""
+        split, found = SplitModel(self.model_old), []
+        for batch in passes:
+            with self.dropout_mask(self.model_old):
+                old = completion_logprobs(split, batch, self.sampling.temperature, self.sampling.repetition_penalty, way=way)[0]
+                found.append(replace(batch, old_logprobs=mx.where(batch.mask > 0, old, 0)))
+                mx.eval(found[-1].old_logprobs)
+        return found
 
     def sync_old(self, calm=False):
         """model_old <- model. No copy where every step syncs and rollouts are not quantised; a copy shares its arrays with
@@ -2333,11 +2295,11 @@ class SFTTrainer(MLXGRPOTrainer):
         args = replace(args, kl_coeff=0.0, kl_in="loss", ref_sync_steps=0, quantize_for_rollouts=False, update_every=1,
                        num_iterations=1, objective="grpo", teacher_model="", distill_task_coeff=0.0)
         super().__init__(model, tokenizer, args.rewards, args, train_dataset, eval_dataset, **options)
-        self.gradients = self.learner.gradients_of(self.compute_sft_loss, self.compiled)
+        self.gradients = self.learner.gradients_of(self.compute_sft_loss, self.split, self.compiled)
         self.stream.rising = False
 
-    def compute_sft_loss(self, batch, num_tokens, shared=False, pieces=None):
-        logprobs, _ = completion_logprobs(self.split, batch, 1.0, shared=shared, pieces=pieces)
+    def compute_sft_loss(self, batch, num_tokens, way="each", states=None, pieces=None):
+        logprobs, _ = completion_logprobs(self.split, batch, 1.0, way=way, states=states, pieces=pieces)
         return sft_loss(logprobs, batch.mask, num_tokens), {}
 
     def step(self, problems=None):
@@ -2346,9 +2308,10 @@ class SFTTrainer(MLXGRPOTrainer):
         batches = [sft_batch(self.tokenizer, problems[i:i + size], self.args) for i in range(0, len(problems), size)]
         num_tokens = sum(b.mask.sum() for b in batches)
         loss, gradients, rows = 0.0, None, self.world.groups(batches, [list(range(len(b.mask))) for b in batches])
-        for batch, shared in ((part, shared) for batch, mine in zip(batches, rows) for _, part, shared in self.passes(batch, mine)):
-            value, _, gradients = self.gradients(batch, num_tokens, shared=shared, into=gradients)
-            loss += value
+        for batch, mine in zip(batches, rows):
+            for way, passes, _ in self.passes(batch, mine):
+                value, _, gradients = self.gradients(passes, num_tokens, way=way, into=gradients)
+                loss += value
         loss, _, gradients = self.world.total(loss, [], gradients, self.learner.master)
         learning_rate = learning_rate_at(step, self.total_steps, self.args)
         norm = self.learner.update(self.hooked(gradients), learning_rate)

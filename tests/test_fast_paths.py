@@ -10,7 +10,7 @@ from conftest import require
 from mlx.utils import tree_flatten
 from mlx_grpo import (MLXGRPOConfig, Problem, Rollout, SplitModel, UserError, bucket, completion_logprobs, load_model, pad_batch,
                       plan_passes, sample_completions, take_rows, train_sampling)
-from mlx_grpo.learner import checkpointed_blocks, prepare_trainable
+from mlx_grpo.learner import Learner, checkpointed_blocks, prepare_trainable
 from test_rollouts import CONFIG, chains, demo, sample  # noqa: F401
 from test_trainer import CONFIG as TRAIN
 from test_trainer import largest_difference, make_trainer, numbers, steps, weights
@@ -45,11 +45,11 @@ def plain(model, batch):
     return found
 
 
-def gradients(model, batch, shared, checkpointing=False):
+def gradients(model, batch, way, checkpointing=False):
     split, owned = SplitModel(model), model.trainable_parameters()
     def loss(trained):
         model.update(trained)
-        return (completion_logprobs(split, batch, 1.0, shared=shared)[0] * batch.mask).sum() / batch.mask.sum()
+        return (completion_logprobs(split, batch, 1.0, way=way)[0] * batch.mask).sum() / batch.mask.sum()
     with checkpointed_blocks(model, checkpointing):
         found = mx.grad(loss)(owned)
         mx.eval(found)
@@ -71,10 +71,34 @@ def test_a_shared_prompt_gives_the_log_probs_and_gradients_of_separate_rows(tmp_
     model, _ = load_model(tmp_path)
     batch = pad_batch(random_rollouts(128))
     assert SplitModel(model).shares_prompts
-    for shared in (False, True):
-        logprobs = completion_logprobs(SplitModel(model), batch, 1.0, shared=shared)[0] * batch.mask
+    for way in ("each", "within"):
+        logprobs = completion_logprobs(SplitModel(model), batch, 1.0, way=way)[0] * batch.mask
         np.testing.assert_allclose(np.array(logprobs), plain(model, batch), atol=5e-5)
-    assert_equal_gradients(gradients(model, batch, False), gradients(model, batch, True))
+    assert_equal_gradients(gradients(model, batch, "each"), gradients(model, batch, "within"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("family", ["llama3", "qwen3_moe"])
+def test_a_prompt_before_several_passes_gets_the_gradient_of_one_pass(tmp_path, family, compiled):
+    require("torch")
+    save_tiny(tmp_path, family)
+    save_tokenizer(tmp_path)
+    model, _ = load_model(tmp_path)
+    split, batch = SplitModel(model), pad_batch(random_rollouts(128, prompts=(19,)))
+    tokens = batch.mask.sum().item()
+
+    def loss(part, way, states, pieces):
+        found = completion_logprobs(split, part, 1.0, way=way, states=states, pieces=pieces)[0]
+        return (found * part.mask).sum() / tokens, {"tokens": part.mask.sum()}
+
+    of_batches = Learner(model, MLXGRPOConfig(), mx.float32).gradients_of(loss, split, compiled)
+    want, _, whole = of_batches([batch], way="each")
+    got, metrics, total = of_batches([take_rows(batch, [0]), take_rows(batch, [1, 2, 3])], way="before")
+    assert got == pytest.approx(want, abs=1e-5) and sum(m["tokens"] for m in metrics) == tokens
+    arrays = lambda tree: {k: np.array(g) for k, g in tree_flatten(tree)}
+    assert_equal_gradients(arrays(whole), arrays(total))
+    _, _, twice = of_batches([batch], way="within", into=total)
+    assert_equal_gradients({k: 2 * g for k, g in arrays(whole).items()}, arrays(twice), atol=4e-5)
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -90,21 +114,24 @@ def test_a_model_whose_prompts_cannot_be_shared_says_why_and_takes_the_plain_pat
 def test_prompt_sharing_with_nanochat_adapters_and_checkpointed_blocks(demo):  # noqa: F811
     model, _ = load_model("data/demo_model")
     batch = pad_batch(random_rollouts(300))
-    want = gradients(model, batch, False)
-    assert_equal_gradients(want, gradients(model, batch, True))
-    assert_equal_gradients(want, gradients(model, batch, True, checkpointing=True))
+    want = gradients(model, batch, "each")
+    assert_equal_gradients(want, gradients(model, batch, "within"))
+    assert_equal_gradients(want, gradients(model, batch, "within", checkpointing=True))
     prepare_trainable(model, MLXGRPOConfig(fine_tune_type="lora"))
-    assert_equal_gradients(gradients(model, batch, False), gradients(model, batch, True, checkpointing=True))
+    assert_equal_gradients(gradients(model, batch, "each"), gradients(model, batch, "within", checkpointing=True))
 
 
 def test_a_run_with_shared_prompts_is_the_run_without(tmp_path):
     base = replace(TRAIN, learning_rate=1e-3, kl_coeff=0.1, update_every=2, quantize_for_rollouts=True)
-    results = []
-    for options in ({"prefix_sharing": "off"}, {"prefix_sharing": "on"}, {"prefix_sharing": "on", "max_tokens_per_microbatch": 100},
-                    {"prefix_sharing": "off", "max_tokens_per_microbatch": 1}, {"gradient_checkpointing": True, "prefix_sharing": "on"}):
+    results, on, few = [], {"prefix_sharing": "on", "max_tokens_per_microbatch": 0}, {"max_tokens_per_microbatch": 40}
+    for ways, options in (({"each"}, on | {"prefix_sharing": "off"}), ({"within"}, on), ({"within", "before"}, on | few),
+                          ({"each"}, {"prefix_sharing": "off", "max_tokens_per_microbatch": 1}),
+                          ({"within"}, on | {"gradient_checkpointing": True}),
+                          ({"within", "before"}, on | few | {"gradient_checkpointing": True}),
+                          ({"within", "before"}, on | few | {"use_compile": True})):
         trainer = make_trainer(tmp_path, replace(base, **options))
         metrics = [{k: v for k, v in numbers(m).items()} for m in steps(trainer, 2)]
-        assert {shape[-1] for shape in trainer.shapes} == {options["prefix_sharing"] == "on"}
+        assert {shape[-1] for shape in trainer.shapes} <= ways and ways - {"within"} <= {shape[-1] for shape in trainer.shapes}
         results.append((metrics, weights(trainer), trainer))
     (first, moved, _), *others = results
     for metrics, found, _ in others:
@@ -118,16 +145,22 @@ def test_a_run_with_shared_prompts_is_the_run_without(tmp_path):
 def test_passes_hold_every_row_once_within_the_budget_and_with_few_widths():
     batch = pad_batch(random_rollouts(300, prompts=(5, 40, 90, 17), G=8, T=200))
     rows = [i for i in range(32) if i % 5]
-    for shared in (False, True):
-        for budget in (300, 1000, 5000):
-            passes = plan_passes(batch, rows, budget, shared)
-            assert sorted(i for p in passes for i in p) == rows
-            for chosen in passes:
-                part = take_rows(batch, chosen)
-                (P, L), (B, T) = part.prompts.shape, part.mask.shape
-                tokens = P * L + B * T if shared else B * (L + T)
-                assert tokens <= budget or len(chosen) == 1
-                assert part.mask.sum().item() == np.array(batch.mask)[chosen].sum()
+    seen = set()
+    for sharing in ("on", "auto", "off"):
+        for budget in (300, 1000, 5000, 0):
+            found = plan_passes(batch, rows, budget, sharing)
+            assert sorted(i for _, passes in found for chosen in passes for i in chosen) == rows
+            for way, passes in found:
+                seen.add((sharing, way))
+                for chosen in passes:
+                    part = take_rows(batch, chosen)
+                    (P, L), (B, T) = part.prompts.shape, part.mask.shape
+                    tokens = B * T + {"each": B, "within": P, "before": 0}[way] * L
+                    assert tokens <= (budget or 10**9) or len(chosen) == 1
+                    assert part.mask.sum().item() == np.array(batch.mask)[chosen].sum()
+                assert way != "before" or len({batch.prompt_of[i].item() for chosen in passes for i in chosen}) == 1
+            assert budget or all(len(passes) == 1 for _, passes in found)
+    assert seen == {("on", "within"), ("on", "before"), ("auto", "each"), ("auto", "within"), ("auto", "before"), ("off", "each")}
     assert len({bucket(n) for n in range(1, 4097)}) <= 45
 
 

@@ -323,7 +323,7 @@ TABLE = {
     "lora_dropout": (moved, 0.5, LORA), "lora_layers": (trainable, 1, LORA),
     "lora_keys": (trainable, ["self_attn.q_proj"], LORA),
     "prefix_sharing": (of_run(lambda run: run.trainer.shapes), "off", {}),
-    "max_tokens_per_microbatch": (of_run(lambda run: run.trainer.shapes), 100, {}),
+    "max_tokens_per_microbatch": (of_run(lambda run: run.trainer.shapes), 30, {}),
     "gradient_checkpointing": (of_run(lambda run: run.counts["checkpoint"] > 0), True, {}),
     "batch_size": (rows_per_step, 3, {}), "gradient_accumulation_steps": (rows_per_step, 3, {}),
     "num_epochs": (step_count, 2, {"max_steps": 0, "max_train_samples": 2}), "max_steps": (step_count, 2, {}),

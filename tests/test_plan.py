@@ -73,7 +73,8 @@ def test_keys_and_values_are_those_of_the_cache(model):
 
 
 def test_settings_that_change_no_result_are_tried_first():
-    config = MLXGRPOConfig(model_name="Qwen/Qwen2.5-0.5B-Instruct", dtype="bfloat16", num_generations=16, update_every=1)
+    config = MLXGRPOConfig(model_name="Qwen/Qwen2.5-0.5B-Instruct", dtype="bfloat16", num_generations=16, update_every=1,
+                           max_tokens_per_microbatch=4096)
     account = Account(config, work_of(config, 200))
     changes, peak = fitted(account, account.peak * 0.9)
     assert changes.keys() <= {"max_tokens_per_microbatch", "rollout_batch_size", "gradient_checkpointing"} and changes

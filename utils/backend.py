@@ -18,9 +18,12 @@ def exp(x):
     return mx.power(2.0, x * math.log2(math.e)) if mx.default_device() == mx.cpu else mx.exp(x)
 
 
+PASS_TOKENS = {"cpu": 256, "gpu": 2048}
+
+
 def pass_tokens():
     """Tokens of a training pass that keep the matrix products busy; more of them take memory and no less time."""
-    return 448 if mx.default_device() == mx.cpu else 2048
+    return PASS_TOKENS["cpu" if mx.default_device() == mx.cpu else "gpu"]
 
 
 def compiles(wanted):

@@ -86,6 +86,16 @@ def checkpointed_blocks(model, on):
             kind.__call__ = call
 
 
+def added(total, part):
+    """total + part, in float32 and in total's memory; part where there is no total yet. Trees of arrays."""
+    part = cast_floats(part, mx.float32)
+    if total is None:
+        return part
+    for (_, a), (_, b) in zip(tree_flatten(total), tree_flatten(part)):
+        a += b
+    return total
+
+
 def clip_gradients(gradients, max_norm):
     """(gradients scaled to at most max_norm over all together, their norm before); max_norm 0 = as they are."""
     norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(gradients)))
@@ -114,34 +124,47 @@ class Learner:
         self.model.update(cast_floats(model.parameters(), dtype))
         mx.eval(self.master, self.model.parameters())
 
-    def gradients_of(self, loss, compiled=False):
-        """A function of (batch, *totals, shared, into) -> (value, metrics, float32 gradients with respect to the trained
-        weights, added to `into`: what it returned for the pass before, in whose memory the sum is made), for
-        loss(batch, *totals, shared=, pieces=) -> (value, metrics). totals are scalar arrays; compiled: by mx.compile, once
-        per shape, and then the pieces can't be evaluated one by one."""
+    def gradients_of(self, loss, split, compiled=False):
+        """A function of (batches, *totals, way, into) -> (value, [metrics], float32 gradients with respect to the trained
+        weights, added to `into`: what it returned before, in whose memory the sum is made), for loss(batch, *totals, way=,
+        states=, pieces=) -> (value, metrics). totals are scalar arrays; way: of plan_passes. With "before" the prompt of all
+        batches is computed once, and what they ask of its states is summed and goes back through it once, behind them.
+        compiled: by mx.compile, once per shape, and then the pieces can't be evaluated one by one."""
         pieces = None if compiled else []
 
-        def of_weights(shared):
-            def value(weights, arrays, *totals):
+        def of_pass(way):
+            def value(weights, states, arrays, *totals):
                 self.model.update(weights)
-                return loss(Batch(**arrays), *totals, shared=shared, pieces=pieces)
-            return mx.compile(mx.value_and_grad(value)) if compiled else mx.value_and_grad(value)
+                return loss(Batch(**arrays), *totals, way=way, states=states, pieces=pieces)
+            return mx.value_and_grad(value, argnums=(0, 1))
 
-        value_and_grad = {shared: of_weights(shared) for shared in (False, True)}
+        def of_prompt(weights, wanted, prompts, prompt_lengths):
+            self.model.update(weights)
+            states = tree_flatten(split.prompt_states(prompts, prompt_lengths))
+            return sum((state.astype(mx.float32) * slope).sum() for (_, state), (_, slope) in zip(states, tree_flatten(wanted)))
 
-        def gradients(batch, *totals, shared=False, into=None):
-            weights = self.model.trainable_parameters()
+        prepared = mx.compile if compiled else lambda function: function
+        passes, through_prompt = {way: prepared(of_pass(way)) for way in ("each", "within", "before")}, prepared(mx.grad(of_prompt))
+
+        def gradients(batches, *totals, way="each", into=None):
+            weights, wanted, found = self.model.trainable_parameters(), None, []
+            prompt = batches[0].prompts, batches[0].prompt_lengths
             with checkpointed_blocks(self.model, self.config.gradient_checkpointing):
-                (value, metrics), found = value_and_grad[shared](weights, vars(batch), *totals)
-            self.model.update(weights)                       # the traced ones would hold on to the whole graph
-            found = cast_floats(found, mx.float32)
-            if into is not None:
-                for (_, total), (_, part) in zip(tree_flatten(into), tree_flatten(found)):
-                    total += part
-                found = into
-            evaluate_pieces(pieces or [])
-            mx.eval(value, metrics, found)                   # one pass's activations are freed before the next
-            return value.item(), {k: v.item() for k, v in metrics.items()}, found
+                states = split.prompt_states(*prompt) if way == "before" else ()
+                mx.eval(states)
+                for batch in batches:
+                    answer, (slopes, of_states) = passes[way](weights, states, vars(batch), *totals)
+                    self.model.update(weights)               # the traced ones would hold on to the whole graph
+                    into, wanted = added(into, slopes), added(wanted, of_states)
+                    del slopes, of_states
+                    evaluate_pieces(pieces or [])
+                    mx.eval(answer, into, wanted)            # one pass's activations are freed before the next
+                    found.append(answer)
+                if way == "before":
+                    into = added(into, through_prompt(weights, wanted, *prompt))
+                    self.model.update(weights)
+                    mx.eval(into)
+            return sum(value.item() for value, _ in found), [{k: v.item() for k, v in m.items()} for _, m in found], into
 
         return gradients
 

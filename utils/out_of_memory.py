@@ -104,5 +104,5 @@ def training_shape(config, rows, prompt, completion):
     """What a note says before scoring and training: rows of a Batch, tokens of its longest row, tokens of a pass. prompt,
     completion: tokens of the longest ones."""
     row_tokens = prompt + completion
-    limit = pass_budget(config, prompt) or rows * row_tokens
+    limit = pass_budget(config) or rows * row_tokens
     return {"rows": rows, "row_tokens": row_tokens, "tokens": max(min(limit, rows * row_tokens), row_tokens)}

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ from mlx_grpo import (
     load_problems, load_tokenizer, render_prompt, shipped_path)
 from mlx_grpo.files import check_output_file, human_bytes
 from mlx_grpo.memory_limit import memory_limit_bytes, memory_limits
-from mlx_grpo.plan_account import Account, work_of
+from mlx_grpo.plan_account import Account, on_a_mac, work_of
 from mlx_grpo.plan_fit import fitted
 
 
@@ -46,15 +46,14 @@ def run(args):
         shown = value if not isinstance(value, str) or len(value) < 60 else value[:57] + "..."
         print(f"{name:28} {shown!r:44} {sources[name]}")
     machine = Machine(args.memory)
-    if args.memory and config.dtype == "auto":
-        config = replace(config, dtype="bfloat16")
+    config = on_a_mac(config) if args.memory else config
     work = print_work(config)
     account = Account(config, work)
     measure = not args.no_measure and not args.memory and is_here(config) and may_try(account, machine)
     if measure:
         from mlx_grpo.plan_measure import measure as measured
 
-        found = measured(config, work)
+        found, work = measured(config, work)
         account.correct({phase: row["bytes"] for phase, row in found.items()})
     print_account(account, measure)
     if measure:
@@ -102,11 +101,15 @@ def local_directory(name):
 
 
 def may_try(account, machine):
-    """Whether a trial run is sure to fit; it takes about half of the rows."""
-    if account.lying + 2.5 * account.more["gradients"] < 0.8 * machine.limit:
-        return True
-    print("\nno trial run: the weights and moments alone fill this machine")
-    return False
+    """Whether a trial run is sure to fit; it takes about half of the rows, or whole passes where they are apart from their
+    prompt."""
+    if account.lying + 2.5 * account.more["gradients"] >= 0.8 * machine.limit:
+        print("\nno trial run: the weights and moments alone fill this machine")
+        return False
+    if account.work["way"] == "before" and account.peaks["passes"] > machine.limit:
+        print("\nno trial run: a training pass is estimated not to fit")
+        return False
+    return True
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------
@@ -146,7 +149,7 @@ def print_account(account, measured):
             print(f"{phase + ' peak':28} {account.peaks[phase] / 1e9:8.2f} GB: all of the above" + (
                 "" if phase in ("passes", "update") else " but gradients") + "".join(
                 f", {part} {n / 1e9:.2f}" for part, n in parts.items()) + (" (estimates)" if parts and measured else ""))
-    gb("together", account.peak, f" at the peak ({'measured in a trial run of fewer rows' if measured else 'estimated'}, "
+    gb("together", account.peak, f" at the peak ({'measured in a trial run' if measured else 'estimated'}, "
        f"{str(compute_dtype(config)).split('.')[-1]}); {more['trained'] / 1e6:.1f}M of {more['total'] / 1e6:.1f}M parameters are trained")
     gb("a checkpoint", more["checkpoint"], " on disk")
 
@@ -197,7 +200,7 @@ def planned(config, work, measured=True):
     if measured:
         from mlx_grpo.plan_measure import measure
 
-        account.correct({phase: row["bytes"] for phase, row in measure(config, work).items()})
+        account.correct({phase: row["bytes"] for phase, row in measure(config, work)[0].items()})
     return account.peak
 
 

@@ -8,6 +8,7 @@ FACTORS times the outputs of a block's matrices, the attention's scores and the 
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_grpo import (
-    HEAD_CHUNK, UserError, bucket, cast_floats, compute_dtype, count_parameters, old_logprobs_kind, pass_budget, pass_tokens,
+    HEAD_CHUNK, UserError, backend, bucket, cast_floats, compute_dtype, count_parameters, old_logprobs_kind, pass_budget, pass_tokens,
     plan_passes, prepare_trainable, shipped_path)
 from mlx_grpo import nanochat_model
 from mlx_grpo.optimizers import make_optimizer
@@ -69,6 +70,13 @@ def shapes_of(config):
     model.update(cast_floats(model.parameters(), compute_dtype(config)))
     model.args_found = found
     return model
+
+
+def on_a_mac(config):
+    """The configuration with the values that "auto" has on a Mac, wherever this runs."""
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    given = config.max_tokens_per_microbatch
+    return replace(config, dtype=dtype, max_tokens_per_microbatch=backend.PASS_TOKENS["gpu"] if given < 0 else given)
 
 
 def size_of(tree):
@@ -148,29 +156,22 @@ class Account:
 # ---- the work of a step ----------------------------------------------------------------------------------------------
 
 def work_of(config, longest_prompt, eval_count=None):
-    """How large the parts of a step are: tokens of a prompt and a completion, rows and prompts of its largest pass, passes of
-    a step, prompts whose rows are decoded together in training and evaluation."""
+    """How large the parts of a step are: tokens of a prompt and a completion, rows and prompts of its largest pass and how that
+    computes them (plan_passes), passes of a step, prompts whose rows are decoded together in training and evaluation."""
     L, T, G = longest_prompt, config.max_new_tokens, config.num_generations
     B = config.batch_size * G
-    prompt_of, shared = np.arange(B) // G, config.prefix_sharing != "off"
-    step = SimpleNamespace(mask=np.ones((B, T)), prompt_of=prompt_of, prompt_lengths=[L] * config.batch_size)
-    passes = plan_passes(step, list(range(B)), pass_budget(config, L), shared)
-    tokens = lambda rows: pass_tokens(np.full(len(rows), T), step.prompt_lengths, prompt_of[rows], shared)
-    largest = max(passes, key=lambda rows: (tokens(rows), len(rows)))
-    rows, in_pass = len(largest), len(set(prompt_of[largest]))
+    prompt_of, lengths = np.arange(B) // G, np.full(config.batch_size, L)
+    step = SimpleNamespace(mask=np.ones((B, T)), prompt_of=prompt_of, prompt_lengths=lengths)
+    ways = plan_passes(step, list(range(B)), pass_budget(config), config.prefix_sharing, apart=not config.lora_dropout)
+    passes = [(way, rows) for way, found in ways for rows in found]
+    tokens = lambda way, rows: pass_tokens(np.full(len(rows), T), lengths, prompt_of[rows], way)
+    way, largest = max(passes, key=lambda found: (tokens(*found), len(found[1])))
     prompts = config.prompts_per_step * config.minibatches
     eval_count = config.eval_samples if eval_count is None else eval_count
-    return {"prompt": L, "shared": shares(config, in_pass, rows, L, T), "completion": T, "pass_rows": rows, "pass_prompts": in_pass,
+    return {"prompt": L, "way": way, "completion": T, "pass_rows": len(largest), "pass_prompts": len(set(prompt_of[largest])),
             "passes": config.gradient_accumulation_steps * len(passes), "prompts": prompts, "eval_count": eval_count,
             "rollout_prompts": min(prompts, max(1, -(-config.rollout_batch_size // G))),
             "eval_prompts": min(eval_count, config.rollout_batch_size) if config.eval_steps else 0}
-
-
-def shares(config, prompts, rows, L, T):
-    """Whether a pass computes each prompt once, where the model allows it: the trainer's rule."""
-    if config.prefix_sharing == "auto":
-        return prompts * bucket(L) + rows * bucket(T) <= 0.8 * rows * (bucket(L) + bucket(T))
-    return config.prefix_sharing == "on"
 
 
 # ---- each phase ------------------------------------------------------------------------------------------------------
@@ -207,12 +208,17 @@ def phases(model, config, work):
     L, T, R = work["prompt"], work["completion"], work["pass_rows"]
     size, layers, V = compute_dtype(config).size, len(model.layers), found["vocab_size"]
     heads, width = found.get("num_attention_heads") or found["n_head"], found.get("hidden_size") or found["n_embd"]
-    prompts, sharing = work["pass_prompts"], work["shared"]
-    tokens = prompts * bucket(L) + R * bucket(T) if sharing else R * (bucket(L) + bucket(T))
+    run = {"each": R, "within": work["pass_prompts"], "before": 0}[work["way"]]         # prompts in a pass
     context = bucket(L) + bucket(T)
-    scores = heads * size * (R * bucket(T) * context + prompts * bucket(L) ** 2 if sharing else R * context ** 2)
-    block = FACTORS["block"] * tokens * block_width(model) * size + FACTORS["scores"] * scores
-    held = layers * tokens * width * size + 2 * block if config.gradient_checkpointing else layers * block
+
+    def block(prompts, rows):
+        """What a block computes, and what the whole trunk holds for the backward pass."""
+        tokens = prompts * bucket(L) + rows * bucket(T)
+        scores = rows * context ** 2 if prompts == rows else rows * bucket(T) * context + prompts * bucket(L) ** 2
+        one = FACTORS["block"] * tokens * block_width(model) * size + FACTORS["scores"] * heads * size * scores
+        return one, layers * tokens * width * size + 2 * one if config.gradient_checkpointing else layers * one
+
+    one, held = block(run, R)
     logits = FACTORS["head"] * 4 * min(R * bucket(T) * V, max(HEAD_CHUNK, V))
     grow = lambda n: math.ceil(n / 256) * 256
     kv = lambda rows, new: {"keys and values": 1.2 * cache_bytes(model, config, rows, L + grow(new)),
@@ -221,5 +227,6 @@ def phases(model, config, work):
     return {
         "rollout": kv(work["rollout_prompts"] * config.num_generations, T),
         "evaluate": kv(work["eval_prompts"], config.eval_max_new_tokens) if work["eval_prompts"] else {},
-        "scoring": {"activations": 2 * block, "logits": logits} if scored else {},
-        "passes": {"activations": held, "logits": logits}, "update": {"optimizer": (UPDATE - 1) * 4 * count_trained(model)}}
+        "scoring": {"activations": 2 * one, "logits": logits} if scored else {},
+        "passes": {"activations": max(held, block(1, 0)[1]) if work["way"] == "before" else held, "logits": logits},
+        "update": {"optimizer": (UPDATE - 1) * 4 * count_trained(model)}}

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # runs from a pla
 from mlx_grpo import MLXGRPOConfig, count_parameters, load_config, run_command
 from mlx_grpo.command_line import Parser
 from mlx_grpo.help_text import help_of
-from mlx_grpo.plan_account import KNOWN, Account, model_config, shapes_of, work_of
+from mlx_grpo.plan_account import KNOWN, Account, model_config, on_a_mac, shapes_of, work_of
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LINE = re.compile(r"^# Planned peak: .*\n", re.MULTILINE)
@@ -33,8 +33,7 @@ WAYS = {"LoRA on 4 bits": (LORA, {"quantization": {"group_size": 64, "bits": 4}}
 
 def peak(path):
     """Bytes that a shipped configuration takes on a Mac."""
-    config, _ = load_config(path)
-    config = replace(config, dtype="bfloat16") if config.dtype == "auto" else config
+    config = on_a_mac(load_config(path)[0])
     return Account(config, work_of(config, config.max_prompt_length)).peak
 
 

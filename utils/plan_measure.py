@@ -5,7 +5,8 @@ It runs in a process of its own, so that `plan` itself stays small.
 A trial is the trainer's own step on the run's own model with prompts and completions of full length, but few rows. Then
 every array either doesn't depend on the number of rows (weights, moments, gradients) or is proportional to it, so the peak
 is a straight line in the rows, of which two points are measured. The head's chunk shrinks with the rows, so that their
-number stays. Decoding starts at the length where the keys and values of a row grow for the last time.
+number stays. Passes that are apart from their prompt have no such line, and few rows: they are measured as they are.
+Decoding starts at the length where the keys and values of a row grow for the last time.
 """
 
 import json
@@ -18,7 +19,9 @@ from pathlib import Path
 
 import mlx_grpo
 from mlx_grpo import (
-    HEAD_CHUNK, Decoder, MLXGRPOConfig, MLXGRPOTrainer, Problem, Rollout, load_model, run_command, train_sampling, vocabulary_of)
+    HEAD_CHUNK, Decoder, MLXGRPOConfig, MLXGRPOTrainer, Problem, Rollout, bucket, load_model, run_command, train_sampling,
+    vocabulary_of)
+from mlx_grpo.plan_account import work_of
 
 import mlx.core as mx
 import numpy as np
@@ -59,7 +62,7 @@ class Trial:
     def __init__(self, config, work):
         self.config, self.work = config, work
         config = replace(config, max_train_samples=0, max_steps=10**6, eval_samples=0, eval_every_updates=0, dynamic_sampling=False,
-                         minibatches=1, num_iterations=1, max_tokens_per_microbatch=0, log_jsonl=False, on_reward_error="stop",
+                         minibatches=1, num_iterations=1, log_jsonl=False, on_reward_error="stop",
                          reward_weights=[], reward_options={}, mask_truncated_completions=False, max_prompt_length=10**9,
                          watch="", watch_idle=0.0, watch_target=0.0, callbacks=[], health={})
         model, tokenizer = load_model(config.model_name, loader=config.model_loader, trust_remote_code=config.trust_remote_code)
@@ -100,12 +103,15 @@ class Trial:
     def step(self, prompts, generations, passes):
         """{phase: (peak bytes, seconds)} of scoring, passes and update, with that many prompts, each of so many rows, in a pass."""
         trainer, G = self.trainer, generations
-        shared = "on" if self.work["shared"] and trainer.split.shares_prompts else "off"
-        trainer.args = replace(trainer.args, batch_size=prompts, gradient_accumulation_steps=passes, num_generations=G,
-                               prefix_sharing=shared)
+        sharing = {"prefix_sharing": "off" if self.work["way"] == "each" else "on", "num_generations": G,
+                   "gradient_accumulation_steps": passes, "max_tokens_per_microbatch": 0}
+        if self.work["way"] == "before":                       # a group of so many passes instead of so many groups
+            sharing |= {"num_generations": G * passes, "gradient_accumulation_steps": 1,
+                        "max_tokens_per_microbatch": G * bucket(self.lengths[1])}
+        trainer.args = replace(trainer.args, batch_size=prompts, **sharing)
         mlx_grpo.HEAD_CHUNK = max(1, HEAD_CHUNK * prompts * G // self.work["pass_rows"])
         started = time.perf_counter()
-        metrics = trainer.step([trainer.train_dataset[0]] * prompts * passes)
+        metrics = trainer.step([trainer.train_dataset[0]] * prompts * trainer.args.gradient_accumulation_steps)
         seconds = (time.perf_counter() - started) / passes
         scoring, update = (int(metrics[f"memory/{name}_peak_gb"] * 1e9) for name in ("scoring", "update"))
         return {"scoring": (scoring, seconds), "passes": (self.passes_peak, seconds), "update": (update, seconds)}
@@ -127,23 +133,27 @@ class Trial:
 
 
 def trial(config, work):
-    """{phase: {x: [bytes, seconds]}}: x is the rows of a pass, or the prompts whose rows are decoded together."""
+    """({phase: {x: [bytes, seconds]}}, work): x is the rows of a pass, or the prompts whose rows are decoded together. work:
+    as given, unless the model turns out to be one that can't share prompts."""
     run, found = Trial(config, work), {"scoring": {}, "passes": {}, "update": {}, "rollout": {}, "evaluate": {}}
+    if not run.trainer.split.shares_prompts:
+        run.work = work = work_of(replace(config, prefix_sharing="off"), work["prompt"], work["eval_count"])
     prompts = work["pass_prompts"]
     each, rest = divmod(work["pass_rows"], prompts)
-    for G in [each, each + 1] if rest and each <= 3 else points(each):      # few rows: on both sides of what they are
+    rows = [each, each + 1] if rest and each <= 3 else [each] if work["way"] == "before" else points(each)
+    for G in rows:                                      # few rows of two prompts: on both sides of what they are
         for phase, value in run.step(prompts, G, min(work["passes"], 3)).items():
             found[phase][prompts * G] = value
     for prompts in points(work["rollout_prompts"]):
         found["rollout"][prompts] = run.decode(prompts, config.num_generations, config.max_new_tokens)
     for prompts in points(work["eval_prompts"]) if work["eval_prompts"] else ():
         found["evaluate"][prompts] = run.decode(prompts, 1, config.eval_max_new_tokens)
-    return found
+    return found, work
 
 
 def measure(config, work):
-    """trial() in a process of its own. Returns {phase: {"bytes", "seconds"}} at full size: seconds of one pass, or of one
-    token of all rows."""
+    """trial() in a process of its own. Returns ({phase: {"bytes", "seconds"}} at full size: seconds of one pass, or of one
+    token of all rows; work)."""
     here = str(Path(mlx_grpo.__file__).parent)
     done = subprocess.run([sys.executable, "-c", COMMAND, here], input=json.dumps({"config": asdict(config), "work": work}),
                           text=True, capture_output=True)
@@ -153,13 +163,14 @@ def measure(config, work):
     print(done.stderr, end="", file=sys.stderr)
     if done.returncode:
         raise mlx_grpo.UserError(f"the trial run ended with exit code {done.returncode} (see above); --no-measure plans without one")
-    full = {"scoring": work["pass_rows"], "passes": work["pass_rows"], "update": work["pass_rows"], "rollout": work["rollout_prompts"], "evaluate": work["eval_prompts"]}
+    found, work = json.loads(done.stdout.splitlines()[-1])
+    full = {"rollout": work["rollout_prompts"], "evaluate": work["eval_prompts"]}
     phases = {}
-    for phase, rows in json.loads(done.stdout.splitlines()[-1]).items():
+    for phase, rows in found.items():
         if rows:
-            at = lambda i: carried({int(x): value[i] for x, value in rows.items()}, full[phase])
+            at = lambda i: carried({int(x): value[i] for x, value in rows.items()}, full.get(phase, work["pass_rows"]))
             phases[phase] = {"bytes": at(0), "seconds": at(1)}
-    return phases
+    return phases, work
 
 
 def start():

@@ -52,9 +52,9 @@ class GroupKeys:
     its own. chosen (B, P): one-hot rows; a product with them repeats a prompt for its rows, and sums in the backward pass
     in a fixed order, which a gather doesn't promise."""
 
-    def __init__(self, prompt, chosen):
-        self.padding, self.chosen, self.captured = prompt.padding, chosen, ()
-        self.arrays, self.offset = prompt.captured, prompt.captured[0].shape[2]
+    def __init__(self, arrays, padding, chosen):
+        self.arrays, self.padding, self.chosen, self.captured = arrays, padding, chosen, ()
+        self.offset = arrays[0].shape[2]
 
     def update_and_fetch(self, keys, values):
         def joined(prompt, own):
@@ -76,7 +76,7 @@ class GroupKeys:
 class SplitModel:
     """A model as trunk and head: trunk(tokens) -> hidden (B, S, C); head(hidden) -> logits (..., V). Works on mlx-lm's
     usual shape, a Model whose attribute (TRUNKS) holds everything but the head; others keep the whole forward as trunk and
-    an empty head. shares_prompts: whether completion_hidden(batch, shared=True) gives the same; why_not: if not, why."""
+    an empty head. shares_prompts: whether completion_hidden gives the same with prompt_states; why_not: if not, why."""
 
     def __init__(self, model):
         self.model = model
@@ -99,7 +99,8 @@ class SplitModel:
         prompts, lengths = mx.array([[0, 1, 2], [2, 1, 0]]), mx.array([3, 2])
         ids, rows = mx.array([[1, 0, 2, 1], [2, 2, 0, 1], [0, 1, 1, 2]]), mx.array([0, 1, 0])
         try:
-            plain, shared = (self.completion_hidden(prompts, lengths, rows, ids, way).astype(mx.float32) for way in (False, True))
+            plain, shared = (self.completion_hidden(prompts, lengths, rows, ids, states).astype(mx.float32)
+                             for states in (None, self.prompt_states(prompts, lengths)))
         except ValueError as error:                     # an attention of its own, which takes no mask for each row
             return f"its attention doesn't take such a mask ({error})"
         spread = mx.abs(plain).max().item()
@@ -110,21 +111,28 @@ class SplitModel:
     def trunk(self, tokens, cache=None):
         return (self.model[self.name] if self.name else self.model)(tokens, cache=cache)
 
-    def completion_hidden(self, prompts, prompt_lengths, prompt_of, completion_ids, shared=False):
+    def prompt_states(self, prompts, prompt_lengths):
+        """What completions need of their prompts: the last hidden state (P, 1, C), and for each layer its keys and values.
+        prompts (P, L), padded on the right."""
+        L = prompts.shape[1]
+        padding = L - prompt_lengths
+        aligned = mx.take_along_axis(prompts, mx.maximum(mx.arange(L) - padding[:, None], 0), axis=1)
+        layers = [PromptKeys(padding) for _ in self.model.layers]
+        last = self.trunk(aligned, cache=layers)[:, -1:]
+        return last, *(layer.captured for layer in layers)
+
+    def completion_hidden(self, prompts, prompt_lengths, prompt_of, completion_ids, states=None):
         """(B, T, C): the hidden states that predict each completion token. prompts (P, L), padded on the right; prompt_of
-        (B,): the prompt of each row; completion_ids (B, T). shared: each prompt is computed once."""
+        (B,): the prompt of each row; completion_ids (B, T). states: prompt_states, or each row runs its prompt itself."""
         (P, L), (B, T) = prompts.shape, completion_ids.shape
-        if shared:
-            padding = L - prompt_lengths
-            aligned = mx.take_along_axis(prompts, mx.maximum(mx.arange(L) - padding[:, None], 0), axis=1)
-            layers = [PromptKeys(padding) for _ in self.model.layers]
-            last = self.trunk(aligned, cache=layers)[:, -1:]
+        if states:
+            last, *layers = states
             chosen = (prompt_of[:, None] == mx.arange(P)).astype(mx.float32)
             first = (chosen.astype(last.dtype) @ last[:, 0])[:, None] if P > 1 else mx.broadcast_to(last, (B, *last.shape[1:]))
             if T == 1:
                 return first
-            rest = self.trunk(completion_ids[:, :-1], cache=[GroupKeys(layer, chosen) for layer in layers])
-            return mx.concatenate([first, rest], axis=1)
+            keys = [GroupKeys(layer, L - prompt_lengths, chosen) for layer in layers]
+            return mx.concatenate([first, self.trunk(completion_ids[:, :-1], cache=keys)], axis=1)
         lengths = prompt_lengths[prompt_of][:, None]                                            # (B, 1)
         place = mx.broadcast_to(mx.arange(L + T - 1), (B, L + T - 1))
         own = mx.take_along_axis(completion_ids, mx.clip(place - lengths, 0, T - 1), axis=1)
