@@ -65,6 +65,14 @@ def turns(T, offset, dims, base, scale):
     return mx.array(np.cos(angles).astype(np.float32)), mx.array((np.sin(angles) * signs(dims)).astype(np.float32))
 
 
+@functools.lru_cache(maxsize=4)
+def turn(offset, dims, base, scale):
+    """(dims, dims) matrix that turns a row to the position offset."""
+    angles = offset * scale * frequencies(dims, base)
+    return mx.array((eye(dims) * np.cos(angles) + swap(dims) * np.sin(angles)).astype(np.float32))
+
+
+@functools.cache
 def frequencies(dims, base):
     """(dims,) of both halves, radians a position (arXiv 2104.09864)."""
     return np.tile(base ** (-np.arange(dims // 2) / (dims // 2)), 2)
@@ -74,13 +82,10 @@ def signs(dims):
     return np.repeat([-1.0, 1.0], dims // 2)
 
 
-@functools.lru_cache(maxsize=4)
-def turn(offset, dims, base, scale):
-    """(dims, dims) matrix that turns a row to the position offset."""
-    angles = offset * scale * frequencies(dims, base)
-    return mx.array((np.diag(np.cos(angles)) + swap(dims) * np.sin(angles)).astype(np.float32))
+eye = functools.cache(np.eye)
 
 
+@functools.cache
 def swap(dims):
     """(dims, dims) matrix that swaps the halves of a row, the new first one negated."""
     return np.roll(np.eye(dims), dims // 2, axis=0) * signs(dims)
@@ -132,9 +137,17 @@ def norm_of(eps):
 
 def rms_norm(x, weight, eps, *, stream=None):
     """mx.fast.rms_norm (arXiv 1910.07467)."""
-    if weight is None or stream is not None or x.dtype != mx.float32 or x.size < 2**14:    # small: no memory to save
+    if weight is None or stream is not None or x.dtype != mx.float32:
         return PLAIN["rms_norm"](x, weight, eps, stream=stream)
+    if x.size < 2**14:                  # little memory to save, so the fewest operations
+        return x * mx.rsqrt(mx.addmm(mx.array(eps), mx.square(x), shares(x.shape[-1]))) * weight
     return norm_of(eps)(x, weight)
+
+
+@functools.cache
+def shares(width):
+    """(width, 1): a product with it is the mean."""
+    return mx.array(np.full((width, 1), 1 / width, dtype=np.float32))
 
 
 queueing = False       # set by queue_layers
