@@ -1423,7 +1423,7 @@ def token_logprobs(logits, chunks, entropy_gradient, pieces):
     def exponentials(z):
         best = z.max(axis=-1, keepdims=True)
         e = backend.exp(z - best)
-        total = e.sum(axis=-1, keepdims=True)
+        total = backend.row_sums(e)
         return e, total, best + mx.log(total)                                               # (n, V), (n, 1), (n, 1)
 
     @mx.custom_function
@@ -1432,7 +1432,7 @@ def token_logprobs(logits, chunks, entropy_gradient, pieces):
         for some in chunks:
             taken, z = logits(some, weights, hidden[some])
             e, total, normaliser = exponentials(z)
-            entropy = normaliser - (e * z).sum(axis=-1, keepdims=True) / total
+            entropy = normaliser - backend.row_sums(e * z) / total
             held = () if not hold else (z,) if entropy_gradient else (e, total)
             found.append((taken - normaliser[:, 0], entropy[:, 0], *held))
             pieces.append(found[-1][:2])

@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_grpo.memory_limit import memory_limit_bytes
 
@@ -16,6 +17,16 @@ def exp(x):
     """e^x for whole rows of the vocabulary. MLX's CPU kernel takes 12 ns for an exp and 5 ns for a power of two of the same
     accuracy (1.2e-7 relative near 0, 2e-6 at -20, where probabilities no longer matter)."""
     return mx.power(2.0, x * math.log2(math.e)) if mx.default_device() == mx.cpu else mx.exp(x)
+
+
+@functools.cache
+def ones(width):
+    return mx.array(np.ones((width, 1), dtype=np.float32))
+
+
+def row_sums(x):
+    """(..., n) float32 -> (..., 1). MLX's CPU kernel takes four times as long for a sum as BLAS for a product with ones."""
+    return x @ ones(x.shape[-1]) if mx.default_device() == mx.cpu else x.sum(axis=-1, keepdims=True)
 
 
 PASS_TOKENS = {"cpu": 256, "gpu": 2048}

@@ -5,7 +5,7 @@ kernels of their own for them and are left alone.
 On the CPU MLX composes rms_norm and rope of 7 and 22 operations, of about 8 us each whatever their size, and takes 12 to 20
 ns for an exponential, where a power of two takes 5. Here the turns of a rope are computed once for all layers, and that of
 a single position is one product with a matrix; norms and SwiGLU have gradients of their own that hold only their arguments;
-SwiGLU and the attention of a single position take powers of two. Values are within 1e-6 of MLX's, relative.
+SwiGLU and attention take powers of two. Values are within 1e-6 of MLX's, relative.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ import sys
 
 import mlx.core as mx
 import numpy as np
+
+from mlx_grpo.backend import row_sums
 
 LOG2_E = math.log2(math.e)
 PLAIN = {name: getattr(mx.fast, name) for name in ("rope", "rms_norm", "scaled_dot_product_attention")}
@@ -166,8 +168,8 @@ def queue_layers():
 
 
 def scaled_dot_product_attention(q, k, v, *, scale, mask=None, sinks=None, stream=None):
-    """mx.fast.scaled_dot_product_attention; that of one query a row, as in decoding, is ours."""
-    if q.shape[2] > 1 or isinstance(mask, str) or sinks is not None or stream is not None or q.dtype != mx.float32:
+    """mx.fast.scaled_dot_product_attention, without sinks."""
+    if sinks is not None or stream is not None or q.dtype != mx.float32:
         return PLAIN["scaled_dot_product_attention"](q, k, v, scale=scale, mask=mask, sinks=sinks, stream=stream)
     out = attend(q, k, v, scale, mask)
     if queueing:
@@ -176,12 +178,32 @@ def scaled_dot_product_attention(q, k, v, *, scale, mask=None, sinks=None, strea
 
 
 def attend(q, k, v, scale, mask):
-    """q (B, H, 1, D), k and v (B, H_kv, S, D), mask None or booleans or numbers that broadcast to (B, H, 1, S)."""
-    B, H, _, D = q.shape
+    """q (B, H, T, D), k and v (B, H_kv, S, D); mask: None, "causal", or booleans or numbers that broadcast to (B, H, T, S)."""
+    B, H, T, D = q.shape
     _, groups, S, _ = k.shape
-    z = (scale * LOG2_E * q).reshape(B, groups, H // groups, D) @ k.swapaxes(-1, -2)       # (B, H_kv, H / H_kv, S)
+    if isinstance(mask, str):
+        mask = mx.arange(S - T, S)[:, None] >= mx.arange(S)
+    z = (scale * LOG2_E * q).reshape(B, groups, -1, D) @ k.swapaxes(-1, -2)                 # (B, H_kv, H / H_kv * T, S)
     if mask is not None:
-        mask = mx.broadcast_to(mask, (B, H, 1, S)).reshape(z.shape)
+        z = z.reshape(B, groups, -1, T, S)
+        if mask.ndim > 2:                                                  # heads of their own, or all alike
+            mask = mask.reshape(-1, groups, H // groups, *mask.shape[-2:]) if mask.shape[-3] > 1 else mask[..., None, :, :]
         z = mx.where(mask, z, mx.finfo(z.dtype).min) if mask.dtype == mx.bool_ else z + LOG2_E * mask
+        z = z.reshape(B, groups, -1, S)
+    if T > 1:
+        return (softmax2(z) @ v).reshape(B, H, T, -1)
     powers = mx.power(2.0, z - z.max(axis=-1, keepdims=True))
-    return (powers @ v / powers.sum(axis=-1, keepdims=True)).reshape(B, H, 1, -1)
+    return (powers @ v / powers.sum(axis=-1, keepdims=True)).reshape(B, H, T, -1)
+
+
+@mx.custom_function
+def softmax2(z):
+    """2^z / sum 2^z over the last axis."""
+    powers = mx.power(2.0, z - z.max(axis=-1, keepdims=True))
+    return powers / row_sums(powers)
+
+
+@softmax2.vjp
+def _(_z, cotangent, p):                    # of the result alone: z is not held
+    slope = cotangent * p
+    return (slope - p * row_sums(slope)) / LOG2_E
