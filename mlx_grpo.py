@@ -1728,7 +1728,7 @@ class MLXGRPOTrainer:
         self.teacher_split = SplitModel(teacher or load_teacher(args, model)) if args.objective == "distill" else None
         self.step_count, self.num_tokens, self.prompts_drawn = 0, 0, 0
         self.window, self.window_metrics = [], {}       # what is left of the rollout batch: the Batches of each step to come
-        self.shapes = []                                # [B, P, L, T, shared] of all passes so far: each is compiled once
+        self.shapes = []                                # [B, T, P, L, way] of all passes so far: each is compiled once
         self.entropy_coef = args.entropy_coef
         self.total_steps = count_steps(args, len(self.train_dataset))
         self.compiled = backend.compiles(args.use_compile)
@@ -1778,7 +1778,8 @@ class MLXGRPOTrainer:
         if self.quantize_rollouts:
             metrics |= {"rollout_bits": self.ladder[self.rung], "healed": self.healed}
         return metrics | {"rollout_s": self.window_metrics["rollout_s"] if fresh else 0.0,
-                          "step_time": time.perf_counter() - started, **self.phase.peaks_gb()}
+                          "step_time": time.perf_counter() - started, "memory/pass_shapes": len(self.shapes),
+                          **self.phase.peaks_gb()}
 
     def fill_window(self, problems=None):
         """Sample a rollout batch for minibatches * num_iterations steps, score it, and put the Batches of these steps into
@@ -2318,7 +2319,7 @@ class SFTTrainer(MLXGRPOTrainer):
         self.step_count, self.num_tokens = step, self.num_tokens + sum(b.mask.size for b in batches)
         return {"step": step, "epoch": step * self.args.prompts_per_step / len(self.train_dataset),
                 "learning_rate": learning_rate, "loss": loss, "grad_norm": norm, "num_tokens": self.num_tokens,
-                "step_time": time.perf_counter() - started, **self.phase.peaks_gb()}
+                "step_time": time.perf_counter() - started, "memory/pass_shapes": len(self.shapes), **self.phase.peaks_gb()}
 
 
 # ---- evaluation, checkpoints, run log --------------------------------------------------------------------------------

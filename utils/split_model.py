@@ -1,9 +1,10 @@
 """
 A model as trunk and head, and the prompt of a group computed once for all of its completions. Part of mlx_grpo.
 
-Only the positions that predict completion tokens are projected onto the vocabulary; and where the attention is plain, each
-prompt runs through the trunk once, forward and backward, whatever the number of its completions (Prefix Grouper, arXiv
-2506.05433). Neither patches the model: heads are reached by standing in for the trunk, prompts by the cache argument.
+Only the positions that predict completion tokens are projected onto the vocabulary; and where the attention is plain, a
+prompt runs through the trunk once for all of its completions, forward and backward (Prefix Grouper, arXiv 2506.05433), in
+their pass or before several of them. Neither patches the model: heads are reached by standing in for the trunk, prompts by
+the cache argument.
 """
 
 import mlx.core as mx
