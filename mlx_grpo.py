@@ -227,8 +227,8 @@ class MLXGRPOConfig:
     prefix_sharing: str = opt("auto", "compute the prompt of a group once for all of its completions; auto: where the model "
                               "allows it and it saves a fifth of the tokens", choices=("auto", "on", "off"))
     max_tokens_per_microbatch: int = opt(-1, "padded tokens of a forward and backward pass, rows of like length together; 0 = "
-                                         "no limit; -1 = 2048 on a GPU and 256 on a CPU. A prompt whose group takes several passes "
-                                         "has one of its own. Changes memory, not results", low=-1)
+                                         "no limit; -1 = 2048 on a GPU and 256 on a CPU. A prompt whose group doesn't fit has a pass "
+                                         "of its own, of any length. Changes memory, not results", low=-1)
     gradient_checkpointing: bool = opt(False, "recompute each block in the backward pass: less memory, a third more time")
     batch_size: int = opt(1, "prompts in one forward and backward pass", low=1)
     gradient_accumulation_steps: int = opt(4, "such passes in one step", low=1)
@@ -1423,7 +1423,7 @@ def token_logprobs(logits, chunks, entropy_gradient, pieces):
     def exponentials(z):
         best = z.max(axis=-1, keepdims=True)
         e = backend.exp(z - best)
-        total = backend.row_sums(e)
+        total = backend.sum_last(e)
         return e, total, best + mx.log(total)                                               # (n, V), (n, 1), (n, 1)
 
     @mx.custom_function
@@ -1432,7 +1432,7 @@ def token_logprobs(logits, chunks, entropy_gradient, pieces):
         for some in chunks:
             taken, z = logits(some, weights, hidden[some])
             e, total, normaliser = exponentials(z)
-            entropy = normaliser - backend.row_sums(e * z) / total
+            entropy = normaliser - backend.sum_last(e * z) / total
             held = () if not hold else (z,) if entropy_gradient else (e, total)
             found.append((taken - normaliser[:, 0], entropy[:, 0], *held))
             pieces.append(found[-1][:2])
@@ -1733,7 +1733,7 @@ class MLXGRPOTrainer:
         self.total_steps = count_steps(args, len(self.train_dataset))
         self.compiled = backend.compiles(args.use_compile)
         backend.set_limits(args.cache_limit_gb, args.wired_limit_gb)
-        self.gradients = self.learner.gradients_of(self.compute_grpo_loss, self.split, self.compiled)
+        self.gradients = self.learner.gradients_of(self.compute_grpo_loss, self.prompt_states, self.compiled)
         self.signalled, self.interrupted, self.save_s, self.best, self.bad_steps = None, None, 0.0, None, 0
         self.samples = {}       # step -> (prompt, completion) of the first held-out problem
         self.log, self.phase = RunLog(self.run_dir if args.log_jsonl and self.world.first else None), RunState()
@@ -1905,26 +1905,28 @@ class MLXGRPOTrainer:
             batches.append(batch)
         return batches
 
-    def passes(self, batch, rows=None):
-        """(way, [Batch], [[row]]) of plan_passes for `rows` (default: all)."""
-        sharing = self.args.prefix_sharing if self.split.shares_prompts else "off"
-        rows, budget = list(range(len(batch.mask))) if rows is None else rows, pass_budget(self.args)
-        filler = lambda chosen: bucket(len(chosen), 1) - len(chosen) if self.compiled else 0
-        for way, passes in plan_passes(batch, rows, budget, sharing, apart=not self.args.lora_dropout):
-            parts = [take_rows(batch, chosen, filler(chosen)) for chosen in passes]
-            for part in parts:
-                if (shape := [*part.mask.shape, *part.prompts.shape, way]) not in self.shapes:
-                    self.shapes.append(shape)
-            yield way, parts, passes
+    def passes(self, batch, rows=None, split=None):
+        """plan_passes for `rows` (default: all) of a Batch, through `split` (default: the trained model)."""
+        sharing = self.args.prefix_sharing if (split or self.split).shares_prompts else "off"
+        return plan_passes(batch, list(range(len(batch.mask))) if rows is None else rows, pass_budget(self.args), sharing)
+
+    def part(self, batch, rows, way):
+        """The Batch of one pass."""
+        part = take_rows(batch, rows, bucket(len(rows), 1) - len(rows) if self.compiled else 0)
+        if (shape := [*part.mask.shape, *part.prompts.shape, way]) not in self.shapes:
+            self.shapes.append(shape)
+        return part
 
     def score(self, split, batch):
         """(log-probs, entropies) of a Batch by another model, or by this one as it is now, without gradient: (B, T), 0 under
         the mask."""
         found, pieces = np.zeros((2, *batch.mask.shape), dtype=np.float32), []
-        for way, parts, passes in self.passes(batch, self.world.rows(len(batch.mask))):
-            way = way if split.shares_prompts else "each"
-            states = split.prompt_states(parts[0].prompts, parts[0].prompt_lengths) if way == "before" else None
-            for part, rows in zip(parts, passes):
+        for way, passes in self.passes(batch, self.world.rows(len(batch.mask)), split):
+            states = None
+            for rows in passes:
+                part = self.part(batch, rows, way)
+                if way == "before" and not states:
+                    states = split.prompt_states(part.prompts, part.prompt_lengths)
                 scored = completion_logprobs(split, part, self.sampling.temperature, self.sampling.repetition_penalty, way=way,
                                              states=states, pieces=pieces)
                 evaluate_pieces(pieces)
@@ -1973,9 +1975,10 @@ class MLXGRPOTrainer:
         rows, share = self.rows_that_count(batches)
         rows, loss, gradients, parts = self.world.groups(batches, rows), 0.0, None, []
         for batch, chosen in zip(batches, rows):
-            for way, passes, _ in self.passes(batch, chosen):
-                passes = self.under_dropout(way, passes) if self.args.lora_dropout else passes
-                value, metrics, gradients = self.gradients(passes, *totals, way=way, into=gradients)
+            for way, passes in self.passes(batch, chosen):
+                each = (self.part(batch, rows, way) for rows in passes)
+                each = self.under_dropout(each, way) if self.args.lora_dropout else each
+                value, metrics, gradients = self.gradients(each, *totals, way=way, into=gradients)
                 loss, parts = loss + value, parts + metrics
         loss, parts, gradients = self.world.total(loss, parts, gradients, self.learner.master)
         metrics = finish_metrics(merge_metrics(parts), share)
@@ -2028,15 +2031,24 @@ class MLXGRPOTrainer:
         finally:
             model.eval()
 
-    def under_dropout(self, way, passes):
-        """Batches whose old log-probs are those of this step's mask, by the sampler's weights."""
-        split, found = SplitModel(self.model_old), []
-        for batch in passes:
+    def prompt_states(self, prompts, prompt_lengths, split=None):
+        """SplitModel.prompt_states of the trained model, with this step's dropout."""
+        split = split or self.split
+        with self.dropout_mask(split.model):
+            return split.prompt_states(prompts, prompt_lengths)
+
+    def under_dropout(self, batches, way):
+        """The Batches with the old log-probs of this step's mask, by the sampler's weights."""
+        split, states = SplitModel(self.model_old), None
+        for batch in batches:
+            if way == "before" and not states:
+                states = self.prompt_states(batch.prompts, batch.prompt_lengths, split)
             with self.dropout_mask(self.model_old):
-                old = completion_logprobs(split, batch, self.sampling.temperature, self.sampling.repetition_penalty, way=way)[0]
-                found.append(replace(batch, old_logprobs=mx.where(batch.mask > 0, old, 0)))
-                mx.eval(found[-1].old_logprobs)
-        return found
+                old = completion_logprobs(split, batch, self.sampling.temperature, self.sampling.repetition_penalty, way=way,
+                                          states=states)[0]
+                batch = replace(batch, old_logprobs=mx.where(batch.mask > 0, old, 0))
+                mx.eval(batch.old_logprobs)
+            yield batch
 
     def sync_old(self, calm=False):
         """model_old <- model. No copy where every step syncs and rollouts are not quantised; a copy shares its arrays with
@@ -2296,7 +2308,7 @@ class SFTTrainer(MLXGRPOTrainer):
         args = replace(args, kl_coeff=0.0, kl_in="loss", ref_sync_steps=0, quantize_for_rollouts=False, update_every=1,
                        num_iterations=1, objective="grpo", teacher_model="", distill_task_coeff=0.0)
         super().__init__(model, tokenizer, args.rewards, args, train_dataset, eval_dataset, **options)
-        self.gradients = self.learner.gradients_of(self.compute_sft_loss, self.split, self.compiled)
+        self.gradients = self.learner.gradients_of(self.compute_sft_loss, self.prompt_states, self.compiled)
         self.stream.rising = False
 
     def compute_sft_loss(self, batch, num_tokens, way="each", states=None, pieces=None):
@@ -2310,8 +2322,9 @@ class SFTTrainer(MLXGRPOTrainer):
         num_tokens = sum(b.mask.sum() for b in batches)
         loss, gradients, rows = 0.0, None, self.world.groups(batches, [list(range(len(b.mask))) for b in batches])
         for batch, mine in zip(batches, rows):
-            for way, passes, _ in self.passes(batch, mine):
-                value, _, gradients = self.gradients(passes, num_tokens, way=way, into=gradients)
+            for way, passes in self.passes(batch, mine):
+                each = (self.part(batch, rows, way) for rows in passes)
+                value, _, gradients = self.gradients(each, num_tokens, way=way, into=gradients)
                 loss += value
         loss, _, gradients = self.world.total(loss, [], gradients, self.learner.master)
         learning_rate = learning_rate_at(step, self.total_steps, self.args)

@@ -123,10 +123,14 @@ def test_keys_and_layers_choose_what_is_adapted(tmp_path):
         MLXGRPOConfig(lora_rank=4)
 
 
-def test_dropout_has_the_same_mask_in_old_and_new_so_that_the_ratio_starts_at_one(tmp_path):
-    config = replace(LORA, lora_dropout=0.5, clip_eps=0.0, learning_rate=0.05)
+@pytest.mark.parametrize("way, options", [
+    ("each", {"prefix_sharing": "off"}), ("within", {"prefix_sharing": "on", "max_tokens_per_microbatch": 0}),
+    ("before", {"prefix_sharing": "on", "max_tokens_per_microbatch": 40})])
+def test_dropout_has_the_same_mask_in_old_and_new_so_that_the_ratio_starts_at_one(tmp_path, way, options):
+    config = replace(LORA, lora_dropout=0.5, clip_eps=0.0, learning_rate=0.05, **options)
     trainer = make_trainer(tmp_path, config)
     first = steps(trainer, 2)
+    assert way in {shape[-1] for shape in trainer.shapes}
     assert max(m["clip_ratio/region_mean"] for m in first) == 0          # on policy: nothing to clip, dropout or not
     without = make_trainer(tmp_path, replace(config, lora_dropout=0.0))
     assert numbers(steps(without, 2)[1]) != numbers(first[1])

@@ -77,9 +77,10 @@ def test_a_shared_prompt_gives_the_log_probs_and_gradients_of_separate_rows(tmp_
     assert_equal_gradients(gradients(model, batch, "each"), gradients(model, batch, "within"))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("family", ["llama3", "qwen3_moe"])
-def test_a_prompt_before_several_passes_gets_the_gradient_of_one_pass(tmp_path, family, compiled):
+@pytest.mark.parametrize("family, compiled, options", [
+    ("llama3", False, {}), ("llama3", True, {}), ("qwen3_moe", False, {}), ("llama3", False, {"lora_layers": 1}),
+    ("llama3", True, {"lora_layers": 1}), ("qwen3", False, {"lora_keys": ["self_attn.v_proj"]})])
+def test_a_prompt_before_several_passes_gets_the_gradient_of_one_pass(tmp_path, family, compiled, options):
     require("torch")
     save_tiny(tmp_path, family)
     save_tokenizer(tmp_path)
@@ -91,7 +92,8 @@ def test_a_prompt_before_several_passes_gets_the_gradient_of_one_pass(tmp_path, 
         found = completion_logprobs(split, part, 1.0, way=way, states=states, pieces=pieces)[0]
         return (found * part.mask).sum() / tokens, {"tokens": part.mask.sum()}
 
-    of_batches = Learner(model, MLXGRPOConfig(), mx.float32).gradients_of(loss, split, compiled)
+    config = MLXGRPOConfig(fine_tune_type="lora" if options else "full", **options)
+    of_batches = Learner(model, config, mx.float32).gradients_of(loss, split.prompt_states, compiled)
     want, _, whole = of_batches([batch], way="each")
     got, metrics, total = of_batches([take_rows(batch, [0]), take_rows(batch, [1, 2, 3])], way="before")
     assert got == pytest.approx(want, abs=1e-5) and sum(m["tokens"] for m in metrics) == tokens

@@ -81,11 +81,11 @@ def test_each_phase_has_its_peak_and_the_run_the_greatest(model, tmp_path):
     run = trainer_of(model, tmp_path, kl_coeff=0.1, max_new_tokens=8, max_completion_length=32, learning_rate=0.0)
     first = run.step()
     phases = {name: first[f"memory/{name}_peak_gb"] for name in ("rollout", "scoring", "update")}
-    assert 1 <= first["memory/pass_shapes"] <= second["memory/pass_shapes"] <= 6
     assert all(value > 0 for value in phases.values()) and first["peak_gb"] >= max(phases.values())
     held = mx.zeros(10**7)                   # 40 MB that the next step finds in memory
     mx.eval(held)
     second = run.step()
+    assert 1 <= first["memory/pass_shapes"] <= second["memory/pass_shapes"] <= 6
     assert all(second[f"memory/{name}_peak_gb"] >= value / 2 + 0.04 for name, value in phases.items())
     held = None
     third = run.step()

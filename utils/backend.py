@@ -19,12 +19,12 @@ def exp(x):
     return mx.power(2.0, x * math.log2(math.e)) if mx.default_device() == mx.cpu else mx.exp(x)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def ones(width):
     return mx.array(np.ones((width, 1), dtype=np.float32))
 
 
-def row_sums(x):
+def sum_last(x):
     """(..., n) float32 -> (..., 1). MLX's CPU kernel takes four times as long for a sum as BLAS for a product with ones."""
     return x @ ones(x.shape[-1]) if mx.default_device() == mx.cpu else x.sum(axis=-1, keepdims=True)
 
@@ -32,7 +32,7 @@ def row_sums(x):
 PASS_TOKENS = {"cpu": 256, "gpu": 2048}
 
 
-def pass_tokens():
+def default_pass_tokens():
     """Tokens of a training pass that keep the matrix products busy; more of them take memory and no less time."""
     return PASS_TOKENS["cpu" if mx.default_device() == mx.cpu else "gpu"]
 

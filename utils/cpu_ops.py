@@ -17,7 +17,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 
-from mlx_grpo.backend import row_sums
+from mlx_grpo.backend import sum_last
 
 LOG2_E = math.log2(math.e)
 PLAIN = {name: getattr(mx.fast, name) for name in ("rope", "rms_norm", "scaled_dot_product_attention")}
@@ -188,22 +188,26 @@ def attend(q, k, v, scale, mask):
         z = z.reshape(B, groups, -1, T, S)
         if mask.ndim > 2:                                                  # heads of their own, or all alike
             mask = mask.reshape(-1, groups, H // groups, *mask.shape[-2:]) if mask.shape[-3] > 1 else mask[..., None, :, :]
-        z = mx.where(mask, z, mx.finfo(z.dtype).min) if mask.dtype == mx.bool_ else z + LOG2_E * mask
+        z = mx.where(mask, z, mx.finfo(z.dtype).min) if mask.dtype == mx.bool_ else \
+            z + mx.maximum(LOG2_E * mask.astype(z.dtype), mx.finfo(z.dtype).min)
         z = z.reshape(B, groups, -1, S)
     if T > 1:
-        return (softmax2(z) @ v).reshape(B, H, T, -1)
+        return attended(z, v)[0].reshape(B, H, T, -1)
     powers = mx.power(2.0, z - z.max(axis=-1, keepdims=True))
     return (powers @ v / powers.sum(axis=-1, keepdims=True)).reshape(B, H, T, -1)
 
 
 @mx.custom_function
-def softmax2(z):
-    """2^z / sum 2^z over the last axis."""
+def attended(z, v):
+    """(softmax of z ln 2 over the last axis times v, and what the gradient needs: 2^z and its sums)."""
     powers = mx.power(2.0, z - z.max(axis=-1, keepdims=True))
-    return powers / row_sums(powers)
+    total = sum_last(powers)
+    return powers @ v / total, powers, total
 
 
-@softmax2.vjp
-def _(_z, cotangent, p):                    # of the result alone: z is not held
-    slope = cotangent * p
-    return (slope - p * row_sums(slope)) / LOG2_E
+@attended.vjp
+def _(primals, cotangents, outputs):                # of v and the results: z is not held
+    (_, v), (out, powers, total) = primals, outputs
+    slope = cotangents[0] / total
+    of_z = powers * (slope @ v.swapaxes(-1, -2) - sum_last(slope * out)) / LOG2_E
+    return of_z, powers.swapaxes(-1, -2) @ slope

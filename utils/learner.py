@@ -124,49 +124,60 @@ class Learner:
         self.model.update(cast_floats(model.parameters(), dtype))
         mx.eval(self.master, self.model.parameters())
 
-    def gradients_of(self, loss, split, compiled=False):
+    def gradients_of(self, loss, prompt_states, compiled=False):
         """A function of (batches, *totals, way, into) -> (value, [metrics], float32 gradients with respect to the trained
         weights, added to `into`: what it returned before, in whose memory the sum is made), for loss(batch, *totals, way=,
         states=, pieces=) -> (value, metrics). totals are scalar arrays; way: of plan_passes. With "before" the prompt of all
-        batches is computed once, and what they ask of its states is summed and goes back through it once, behind them.
-        compiled: by mx.compile, once per shape, and then the pieces can't be evaluated one by one."""
+        batches is computed once, by prompt_states; what they ask of its states is summed, and goes back through it once,
+        behind them. compiled: by mx.compile, once per shape, and then the pieces can't be evaluated one by one."""
         pieces = None if compiled else []
+        first = 1 + self.first_trained_block()       # the states of blocks before it depend on nothing that is trained
 
         def of_pass(way):
-            def value(weights, states, arrays, *totals):
+            def value(weights, moving, fixed, arrays, *totals):
                 self.model.update(weights)
-                return loss(Batch(**arrays), *totals, way=way, states=states, pieces=pieces)
+                return loss(Batch(**arrays), *totals, way=way, states=(*moving[:1], *fixed, *moving[1:]), pieces=pieces)
             return mx.value_and_grad(value, argnums=(0, 1))
 
         def of_prompt(weights, wanted, prompts, prompt_lengths):
             self.model.update(weights)
-            states = tree_flatten(split.prompt_states(prompts, prompt_lengths))
+            last, *layers = prompt_states(prompts, prompt_lengths)
+            states = tree_flatten((last, *layers[first - 1:]))
             return sum((state.astype(mx.float32) * slope).sum() for (_, state), (_, slope) in zip(states, tree_flatten(wanted)))
 
         prepared = mx.compile if compiled else lambda function: function
         passes, through_prompt = {way: prepared(of_pass(way)) for way in ("each", "within", "before")}, prepared(mx.grad(of_prompt))
 
         def gradients(batches, *totals, way="each", into=None):
-            weights, wanted, found = self.model.trainable_parameters(), None, []
-            prompt = batches[0].prompts, batches[0].prompt_lengths
+            weights, states, wanted, found = self.model.trainable_parameters(), (), None, []
             with checkpointed_blocks(self.model, self.config.gradient_checkpointing):
-                states = split.prompt_states(*prompt) if way == "before" else ()
-                mx.eval(states)
                 for batch in batches:
-                    answer, (slopes, of_states) = passes[way](weights, states, vars(batch), *totals)
+                    if way == "before" and not states:
+                        prompt = batch.prompts, batch.prompt_lengths
+                        states = prompt_states(*prompt)
+                        mx.eval(states)
+                    moving, fixed = states[:1] + states[first:], states[1:first]
+                    answer, (slopes, of_states) = passes[way](weights, moving, fixed, vars(batch), *totals)
                     self.model.update(weights)               # the traced ones would hold on to the whole graph
                     into, wanted = added(into, slopes), added(wanted, of_states)
-                    del slopes, of_states
+                    del slopes, of_states, moving, fixed
                     evaluate_pieces(pieces or [])
                     mx.eval(answer, into, wanted)            # one pass's activations are freed before the next
                     found.append(answer)
                 if way == "before":
+                    del states
                     into = added(into, through_prompt(weights, wanted, *prompt))
                     self.model.update(weights)
                     mx.eval(into)
             return sum(value.item() for value, _ in found), [{k: v.item() for k, v in m.items()} for _, m in found], into
 
         return gradients
+
+    def first_trained_block(self):
+        """Index of the first of the model's blocks that anything trained comes before or lies in."""
+        inside = [len(tree_flatten(block.trainable_parameters())) for block in self.model.layers]
+        outside = len(tree_flatten(self.model.trainable_parameters())) > sum(inside)
+        return 0 if outside else next((i for i, count in enumerate(inside) if count), 0)
 
     def update(self, gradients, learning_rate):
         """One optimizer update; returns the gradient norm before clipping. Raises UserError where it is not finite."""

@@ -4,7 +4,7 @@ Out of memory is death, not an exception: MLX ends the process (a segmentation f
 the likely cause:
 
   died in           smaller from now on            at least
-  scoring, update   max_tokens_per_microbatch / 2  the longest row
+  scoring, update   max_tokens_per_microbatch / 2  the longest completion
   rollout           rollout_batch_size / 2         a group of num_generations rows
 
 Both options say how the same numbers are computed, not which. A death that something else explains, or nothing does
@@ -101,8 +101,7 @@ def batches_shape(config, batches):
 
 
 def training_shape(config, rows, prompt, completion):
-    """What a note says before scoring and training: rows of a Batch, tokens of its longest row, tokens of a pass. prompt,
-    completion: tokens of the longest ones."""
-    row_tokens = prompt + completion
-    limit = pass_budget(config) or rows * row_tokens
-    return {"rows": rows, "row_tokens": row_tokens, "tokens": max(min(limit, rows * row_tokens), row_tokens)}
+    """What a note says before scoring and training: rows of a Batch, the least tokens of a pass (a completion whose prompt
+    is computed apart) and the most. prompt, completion: tokens of the longest ones."""
+    most = rows * (prompt + completion)
+    return {"rows": rows, "row_tokens": completion, "tokens": max(min(pass_budget(config) or most, most), completion)}

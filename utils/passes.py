@@ -43,12 +43,12 @@ def take_rows(batch, rows, filler=0):
 def pass_budget(config):
     """Tokens of a pass: max_tokens_per_microbatch, where that is -1 enough to keep the backend busy. 0 = no limit."""
     given = config.max_tokens_per_microbatch
-    return backend.pass_tokens() if given < 0 else given
+    return backend.default_pass_tokens() if given < 0 else given
 
 
-def plan_passes(batch, rows, budget, sharing, apart=True):
+def plan_passes(batch, rows, budget, sharing):
     """[(way, [[row]])]: `rows` of a Batch in passes of at most `budget` padded tokens, but at least one row; 0 = no limit.
-    sharing: the option prefix_sharing; apart: whether a prompt may be "before" its passes."""
+    sharing: the option prefix_sharing."""
     lengths, prompt_of, prompts = trained_lengths(batch), np.array(batch.prompt_of), np.array(batch.prompt_lengths)
     tokens = lambda rows, way: pass_tokens(lengths[rows], prompts, prompt_of[rows], way)
     fits = lambda rows, way: not budget or tokens(rows, way) <= budget
@@ -64,9 +64,9 @@ def plan_passes(batch, rows, budget, sharing, apart=True):
     groups.sort(key=lambda group: lengths[group[-1]])
     shared = [group for group in groups if tokens(group, "within") <= PAYS[sharing] * tokens(group, "each")]
     alone = sorted((lengths[i] + prompts[prompt_of[i]], i) for group in groups if group not in shared for i in group)
-    small, large = [group for group in shared if fits(group, "within")], "before" if apart else "within"
+    small = [group for group in shared if fits(group, "within") or len(group) == 1]
     found = [("each", fill([[i] for _, i in alone], "each")), ("within", fill(small, "within"))]
-    found += [(large, fill([[i] for i in group], large)) for group in shared if group not in small]
+    found += [("before", fill([[i] for i in group], "before")) for group in shared if group not in small]
     return [(way, passes) for way, passes in found if passes]
 
 

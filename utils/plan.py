@@ -143,7 +143,7 @@ def print_account(account, measured):
     print()
     for name, n in account.state.items():
         n and gb(name, n)
-    gb("gradients", more["gradients"] * min(account.work["passes"], 2), ", float32" + ", of a pass and their sum" * (account.work["passes"] > 1))
+    gb("gradients", more["gradients"] * account.gradient_copies, ", float32" + ", of a pass and their sum" * (account.gradient_copies > 1))
     for phase, parts in account.parts.items():
         if parts:
             print(f"{phase + ' peak':28} {account.peaks[phase] / 1e9:8.2f} GB: all of the above" + (

@@ -130,12 +130,17 @@ class Account:
 
     @property
     def peaks(self):
-        gradients = self.more["gradients"] * min(self.work["passes"], 2)
+        gradients = self.more["gradients"] * self.gradient_copies
         found = {"update": self.lying + UPDATE * self.more["gradients"]}
         for phase, parts in self.parts.items():
             if phase != "update" and parts:
                 found[phase] = self.lying + (gradients if phase == "passes" else 0) + sum(parts.values())
         return {phase: self.lying + (peak - self.lying) * self.factors.get(phase, 1.0) for phase, peak in found.items()}
+
+    @property
+    def gradient_copies(self):
+        """Those of a pass, and their sum where there is more than one."""
+        return min(self.work["passes"] + (self.work["way"] == "before"), 2)
 
     @property
     def largest(self):
@@ -157,19 +162,19 @@ class Account:
 
 def work_of(config, longest_prompt, eval_count=None):
     """How large the parts of a step are: tokens of a prompt and a completion, rows and prompts of its largest pass and how that
-    computes them (plan_passes), passes of a step, prompts whose rows are decoded together in training and evaluation."""
+    computes them (plan_passes), passes of a step, and of those with this one's prompt, prompts whose rows are decoded together in training and evaluation."""
     L, T, G = longest_prompt, config.max_new_tokens, config.num_generations
     B = config.batch_size * G
     prompt_of, lengths = np.arange(B) // G, np.full(config.batch_size, L)
     step = SimpleNamespace(mask=np.ones((B, T)), prompt_of=prompt_of, prompt_lengths=lengths)
-    ways = plan_passes(step, list(range(B)), pass_budget(config), config.prefix_sharing, apart=not config.lora_dropout)
-    passes = [(way, rows) for way, found in ways for rows in found]
+    ways = plan_passes(step, list(range(B)), pass_budget(config), config.prefix_sharing)
     tokens = lambda way, rows: pass_tokens(np.full(len(rows), T), lengths, prompt_of[rows], way)
-    way, largest = max(passes, key=lambda found: (tokens(*found), len(found[1])))
+    way, together = max(ways, key=lambda found: tokens(found[0], found[1][0]))
+    largest = max(together, key=len)
     prompts = config.prompts_per_step * config.minibatches
     eval_count = config.eval_samples if eval_count is None else eval_count
     return {"prompt": L, "way": way, "completion": T, "pass_rows": len(largest), "pass_prompts": len(set(prompt_of[largest])),
-            "passes": config.gradient_accumulation_steps * len(passes), "prompts": prompts, "eval_count": eval_count,
+            "passes": config.gradient_accumulation_steps * sum(len(found) for _, found in ways), "together": len(together), "prompts": prompts, "eval_count": eval_count,
             "rollout_prompts": min(prompts, max(1, -(-config.rollout_batch_size // G))),
             "eval_prompts": min(eval_count, config.rollout_batch_size) if config.eval_steps else 0}
 
@@ -209,12 +214,13 @@ def phases(model, config, work):
     size, layers, V = compute_dtype(config).size, len(model.layers), found["vocab_size"]
     heads, width = found.get("num_attention_heads") or found["n_head"], found.get("hidden_size") or found["n_embd"]
     run = {"each": R, "within": work["pass_prompts"], "before": 0}[work["way"]]         # prompts in a pass
+    states = 4 * cache_bytes(model, replace(config, kv_bits=0), 1, bucket(L))           # with two gradients, in float32
     context = bucket(L) + bucket(T)
 
     def block(prompts, rows):
         """What a block computes, and what the whole trunk holds for the backward pass."""
         tokens = prompts * bucket(L) + rows * bucket(T)
-        scores = rows * context ** 2 if prompts == rows else rows * bucket(T) * context + prompts * bucket(L) ** 2
+        scores = rows * context ** 2 if work["way"] == "each" else rows * bucket(T) * context + prompts * bucket(L) ** 2
         one = FACTORS["block"] * tokens * block_width(model) * size + FACTORS["scores"] * heads * size * scores
         return one, layers * tokens * width * size + 2 * one if config.gradient_checkpointing else layers * one
 
@@ -228,5 +234,6 @@ def phases(model, config, work):
         "rollout": kv(work["rollout_prompts"] * config.num_generations, T),
         "evaluate": kv(work["eval_prompts"], config.eval_max_new_tokens) if work["eval_prompts"] else {},
         "scoring": {"activations": 2 * one, "logits": logits} if scored else {},
-        "passes": {"activations": max(held, block(1, 0)[1]) if work["way"] == "before" else held, "logits": logits},
+        "passes": {"activations": max(held, block(1, 0)[1]) if work["way"] == "before" else held, "logits": logits}
+        | ({"keys and values of a prompt": states} if work["way"] == "before" else {}),
         "update": {"optimizer": (UPDATE - 1) * 4 * count_trained(model)}}

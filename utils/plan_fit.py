@@ -2,17 +2,17 @@
 
 from dataclasses import replace
 
-from mlx_grpo import bucket
+from mlx_grpo import bucket, pass_budget
 from mlx_grpo.plan_account import Account, work_of
 
 
 def candidates(account):
     """Changes {option: value}, one after the other, in the order in which they are tried."""
     config, work = account.config, account.work
-    row = bucket(work["prompt"]) + bucket(work["completion"])
-    tokens = work["pass_rows"] * row
-    while tokens > row:
-        tokens = max(tokens // 2, row)
+    least = bucket(work["completion"])
+    tokens = pass_budget(config) or work["pass_rows"] * (bucket(work["prompt"]) + least)
+    while tokens > least:
+        tokens = max(tokens // 2, least)
         yield {"max_tokens_per_microbatch": tokens}
     rows = min(config.rollout_batch_size, max(work["prompts"] * config.num_generations, work["eval_prompts"]))
     while rows > 1:

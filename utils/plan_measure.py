@@ -140,9 +140,9 @@ def trial(config, work):
         run.work = work = work_of(replace(config, prefix_sharing="off"), work["prompt"], work["eval_count"])
     prompts = work["pass_prompts"]
     each, rest = divmod(work["pass_rows"], prompts)
-    rows = [each, each + 1] if rest and each <= 3 else [each] if work["way"] == "before" else points(each)
-    for G in rows:                                      # few rows of two prompts: on both sides of what they are
-        for phase, value in run.step(prompts, G, min(work["passes"], 3)).items():
+    rows = [each] if work["way"] == "before" else points(each)
+    for G in [each, each + 1] if rest and each <= 3 else rows:      # few rows of two prompts: on both sides of what they are
+        for phase, value in run.step(prompts, G, min(work["together" if work["way"] == "before" else "passes"], 3)).items():
             found[phase][prompts * G] = value
     for prompts in points(work["rollout_prompts"]):
         found["rollout"][prompts] = run.decode(prompts, config.num_generations, config.max_new_tokens)
