@@ -209,5 +209,5 @@ def attended(z, v):
 def _(primals, cotangents, outputs):                # of v and the results: z is not held
     (_, v), (out, powers, total) = primals, outputs
     slope = cotangents[0] / total
-    of_z = powers * (slope @ v.swapaxes(-1, -2) - sum_last(slope * out)) / LOG2_E
-    return of_z, powers.swapaxes(-1, -2) @ slope
+    of_z = slope / LOG2_E
+    return powers * (of_z @ v.swapaxes(-1, -2) - sum_last(of_z * out)), powers.swapaxes(-1, -2) @ slope
