@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from mlx_grpo import (MLXGRPOConfig, Problem, SplitModel, UserError, completion_logprobs, draw, load_model, make_rollout,
-                      Sampling, pad_batch, row_uniforms, sample_completions, train_sampling)
+                      Sampling, pad_batch, prefill, row_uniforms, sample_completions, train_sampling)
 from mlx_grpo.synthetic import generate
 
 CONFIG = MLXGRPOConfig(temperature=0.7, system_prompt="", max_new_tokens=16, num_generations=4, seed=3)
@@ -180,3 +180,26 @@ def test_entropy_is_that_of_the_full_distribution_at_the_temperature(demo):
     p /= p.sum(-1, keepdims=True)
     want = -(p * np.log(p + 1e-300)).sum(-1)[len(r.prompt_ids) - 1:-1]
     np.testing.assert_allclose(entropy[0, :len(want)], want, atol=1e-4)
+
+
+def test_of_a_long_prompt_only_the_last_pieces_logits_are_computed(demo):
+    """The head multiplied by 40 copies of itself: what computes 64 rows of it holds 64 x 40 x V numbers."""
+    model, _ = demo
+    ids, wide = list(range(5, 134)), []
+
+    def widened(tokens, cache=None):
+        logits = model(tokens, cache=cache)
+        wide.append(logits.shape[-1])
+        return mx.concatenate([logits] * 40, axis=-1)
+
+    widened.layers = model.layers
+    plain = model(mx.array([ids]))[:, -1]
+    mx.eval(plain)
+    peaks = []
+    for chunk in (64, 129):
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        _, logits = prefill(widened, ids, chunk=chunk)
+        peaks.append(mx.get_peak_memory() - before)
+        np.testing.assert_allclose(np.array(logits[:, :wide[0]]), np.array(plain), atol=1e-4)
+    assert peaks[0] < 64 * 40 * wide[0] * 4 < peaks[1]
