@@ -1002,7 +1002,8 @@ def prefill(model, prompt_ids, kv_bits=0, chunk=512):
     tokens = mx.array([prompt_ids])
     for start in range(0, len(prompt_ids), chunk):
         logits = model(tokens[:, start:start + chunk], cache=cache)[:, -1]
-        mx.eval(logits if start + chunk >= len(prompt_ids) else (), [c.state for c in cache])     # the others are not needed
+        mx.eval([c.state for c in cache])      # not the logits: only those of the last piece are needed
+    mx.eval(logits)
     if kv_bits and (odd := [type(layer).__name__ for layer in cache if type(layer) is not KVCache]):
         raise ConfigError(f"kv_bits is {kv_bits}, and this model keeps a {odd[0]}, which can't be quantised; set kv_bits = 0")
     if not kv_bits:
