@@ -12,7 +12,7 @@ from test_trainer import CONFIG, make_trainer
 
 RUN = replace(CONFIG, max_steps=2, save_steps=1, log_jsonl=True, eval_samples=4, eval_steps=1)
 NOW = {"boot": "a", "oom_kills": 0}
-UPDATE = {"phase": "update", "step": 5, "tokens": 4096, "row_tokens": 600, "rows": 16, "ended": None, "machine": NOW,
+UPDATE = {"phase": "update", "step": 5, "tokens": 4096, "least_tokens": 600, "rows": 16, "ended": None, "machine": NOW,
           "memory": 1, "memory_limit": 100, "limits": {}}
 
 
@@ -33,7 +33,7 @@ def test_every_phase_is_noted_with_its_step_and_sizes(tmp_path):
         "step", "rollout", "rewards", "scoring", "update", "sync", "evaluate", "log", "save", "rename", "links"]
     of = {s["phase"]: s for s in seen if s["step"] == 2}
     assert of["rollout"]["rows"] == 16 and of["rollout"]["group"] == 4          # 4 prompts x 4, all decoded together
-    assert of["update"]["rows"] == 8 and of["update"]["tokens"] == pass_budget(trainer.args) > of["update"]["row_tokens"]
+    assert of["update"]["rows"] == 8 and of["update"]["tokens"] == pass_budget(trainer.args) > of["update"]["least_tokens"]
     assert of["save"]["pid"] == os.getpid() and read_state(tmp_path)["ended"] == "done"
 
 

@@ -20,7 +20,7 @@ from mlx_grpo.run_state import ALLOCATION, machine, read_crash, read_state
 
 SAME_PLACE = 3                        # deaths in one phase of one step that count as memory without other evidence
 NEARLY = 0.9                          # share of the memory limit that a killed process had reached
-IN_TRAINING, IN_SAMPLING = ("max_tokens_per_microbatch", "tokens", "row_tokens"), ("rollout_batch_size", "rows", "group")
+IN_TRAINING, IN_SAMPLING = ("max_tokens_per_microbatch", "tokens", "least_tokens"), ("rollout_batch_size", "rows", "group")
 HALVED = {  # phase -> the option, and which of the noted sizes are its value so far and its least
     "scoring": IN_TRAINING, "update": IN_TRAINING, "rollout": IN_SAMPLING, "evaluate": IN_SAMPLING}
 
@@ -104,4 +104,4 @@ def training_shape(config, rows, prompt, completion):
     """What a note says before scoring and training: rows of a Batch, the least tokens of a pass (a completion whose prompt
     is computed apart) and the most. prompt, completion: tokens of the longest ones."""
     most = rows * (prompt + completion)
-    return {"rows": rows, "row_tokens": completion, "tokens": max(min(pass_budget(config) or most, most), completion)}
+    return {"rows": rows, "least_tokens": completion, "tokens": max(min(pass_budget(config) or most, most), completion)}

@@ -161,8 +161,9 @@ class Account:
 # ---- the work of a step ----------------------------------------------------------------------------------------------
 
 def work_of(config, longest_prompt, eval_count=None):
-    """How large the parts of a step are: tokens of a prompt and a completion, rows and prompts of its largest pass and how that
-    computes them (plan_passes), passes of a step, and of those with this one's prompt, prompts whose rows are decoded together in training and evaluation."""
+    """How large the parts of a step are: tokens of a prompt and a completion; rows and prompts of its largest pass, how that
+    computes them (way, of plan_passes) and how many passes are together in that; passes of a step; prompts whose rows are
+    decoded together in training and evaluation."""
     L, T, G = longest_prompt, config.max_new_tokens, config.num_generations
     B = config.batch_size * G
     prompt_of, lengths = np.arange(B) // G, np.full(config.batch_size, L)
@@ -174,7 +175,8 @@ def work_of(config, longest_prompt, eval_count=None):
     prompts = config.prompts_per_step * config.minibatches
     eval_count = config.eval_samples if eval_count is None else eval_count
     return {"prompt": L, "way": way, "completion": T, "pass_rows": len(largest), "pass_prompts": len(set(prompt_of[largest])),
-            "passes": config.gradient_accumulation_steps * sum(len(found) for _, found in ways), "together": len(together), "prompts": prompts, "eval_count": eval_count,
+            "passes": config.gradient_accumulation_steps * sum(len(found) for _, found in ways), "together": len(together),
+            "prompts": prompts, "eval_count": eval_count,
             "rollout_prompts": min(prompts, max(1, -(-config.rollout_batch_size // G))),
             "eval_prompts": min(eval_count, config.rollout_batch_size) if config.eval_steps else 0}
 
